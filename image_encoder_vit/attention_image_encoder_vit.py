@@ -1,0 +1,120 @@
+"""
+The encoder's maths as plain functions: position tables, decomposed relative positions, windows and attention.
+
+Letters in shapes: B images, N heads, D channels per head, H and W the grid in patches, L the length of a relative
+position table, Q and K the number of queries and keys (tokens of one window or of the whole grid).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A bias of B x N x Q x K values is built for this many values at a time: 64 MB in float32.
+MAX_BIAS_VALUES = 1 << 24
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """
+    Resizes the absolute position table (1, H0, W0, C) to `grid` = (H, W), giving (1, H, W, C) in the table's dtype.
+
+    Bicubic with antialiasing, computed in float32, as DeepSeek-OCR does (arXiv 2510.18234); theirs takes square grids
+    only, here each axis is resized by itself.
+    """
+    if tuple(pos_embed.shape[1:3]) == tuple(grid):
+        return pos_embed
+    channels_first = pos_embed.permute(0, 3, 1, 2).to(torch.float32)
+    resized = F.interpolate(channels_first, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    return resized.to(pos_embed.dtype).permute(0, 2, 3, 1)
+
+
+def relative_positions(table: Tensor, length: int) -> Tensor:
+    """
+    Spreads a relative position table (L, D) into (length, length, D), where entry [q, k] belongs to the offset q - k.
+
+    The table is resized linearly, in float32, when it was trained for another length (MViTv2, arXiv 2112.01526).
+    """
+    offsets = 2 * length - 1
+    if table.shape[0] != offsets:
+        by_channel = table.to(torch.float32).T[None]  # (1, D, L)
+        table = F.interpolate(by_channel, size=offsets, mode="linear", align_corners=False)[0].T.to(table.dtype)
+    position = torch.arange(length, device=table.device)
+    return table[position[:, None] - position[None, :] + (length - 1)]
+
+
+def relative_logits(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """
+    The two parts of the decomposed relative position bias: (B, N, Q, H) by key row and (B, N, Q, W) by key column.
+
+    `query` (B, N, H * W, D) is the unscaled query. The bias of a query on the key in row h, column w is the sum of the
+    two parts at h and w; the callers add it chunk by chunk, since whole it has Q x H x W values per head.
+    """
+    height, width = grid
+    by_position = query.unflatten(2, (height, width))  # (B, N, H, W, D)
+    rel_h = torch.einsum("bnhwd,hkd->bnhwk", by_position, relative_positions(rel_pos_h, height))
+    rel_w = torch.einsum("bnhwd,wkd->bnhwk", by_position, relative_positions(rel_pos_w, width))
+    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+
+
+def relative_bias(rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """Adds the two parts of `relative_logits`, (B, N, Q, H) and (B, N, Q, W), up to the bias (B, N, Q, H * W)."""
+    return (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """
+    Attention written out, softmax in float32. `query`, `key`, `value` are (B, N, Q, D); `relative` is what
+    `relative_logits` gives. Returns the attended values (B, N, Q, D) and the attention weights (B, N, Q, K).
+    """
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if relative is not None:
+        logits = logits + relative_bias(*relative)
+    weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights @ value, weights
+
+
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor, Tensor] | None) -> Tensor:
+    """
+    The same through PyTorch's scaled_dot_product_attention, a chunk of queries at a time, so that no more than
+    `MAX_BIAS_VALUES` of the bias exist at once. Shapes as in `eager_attention`; returns (B, N, Q, D).
+    """
+    if relative is None:
+        return F.scaled_dot_product_attention(query, key, value)
+    rel_h, rel_w = relative
+    queries = query.shape[2]
+    values_per_query = query.shape[0] * query.shape[1] * key.shape[2]
+    chunk = max(1, MAX_BIAS_VALUES // values_per_query)
+    if chunk >= queries:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=relative_bias(rel_h, rel_w))
+    chunks = [
+        F.scaled_dot_product_attention(
+            query[:, :, start : start + chunk],
+            key,
+            value,
+            attn_mask=relative_bias(rel_h[:, :, start : start + chunk], rel_w[:, :, start : start + chunk]),
+        )
+        for start in range(0, queries, chunk)
+    ]
+    return torch.cat(chunks, dim=2)
+
+
+def window_partition(hidden: Tensor, window: int) -> Tensor:
+    """
+    Cuts (B, H, W, C) into windows (B * windows, window, window, C), row by row, after padding the bottom and right
+    with zeros up to whole windows (ViTDet, arXiv 2203.16527).
+    """
+    batch, height, width, channels = hidden.shape
+    hidden = F.pad(hidden, (0, 0, 0, -width % window, 0, -height % window))
+    rows, columns = hidden.shape[1] // window, hidden.shape[2] // window
+    hidden = hidden.reshape(batch, rows, window, columns, window, channels)
+    return hidden.transpose(2, 3).reshape(batch * rows * columns, window, window, channels)
+
+
+def window_unpartition(windows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Puts the windows of `window_partition` together again: (B, H, W, C) for `grid` = (H, W), padding dropped."""
+    height, width = grid
+    window, channels = windows.shape[1], windows.shape[3]
+    rows, columns = -(-height // window), -(-width // window)
+    hidden = windows.reshape(-1, rows, columns, window, window, channels).transpose(2, 3)
+    return hidden.reshape(-1, rows * window, columns * window, channels)[:, :height, :width]

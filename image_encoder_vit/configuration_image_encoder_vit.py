@@ -1,0 +1,213 @@
+"""Configuration of the SAM-ViT image encoder. The defaults are SAM-B with the two extra convolutions of DeepSeek-OCR."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Keywords that transformers itself accepts or writes into config.json although they are no dataclass fields.
+TRANSFORMERS_KEYWORDS = frozenset(
+    {
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "custom_pipelines",
+        "experts_implementation",
+        "label2id",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "quantization_config",
+        "torch_dtype",
+        "torchscript",
+    }
+)
+
+
+@strict
+class ImageEncoderViTConfig(PreTrainedConfig):
+    r"""
+    Shape of an [`ImageEncoderViTModel`]. The names published with the encoder are accepted for the same fields:
+    `embed_dim`, `depth`, `num_heads`, `in_chans`, `img_size`, `out_chans`.
+
+    Args:
+        hidden_size: Width of the transformer blocks (768 in ViT-B, 1024 in ViT-L, 1280 in ViT-H).
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Heads per block; must divide `hidden_size`.
+        num_channels: Channels of the input image.
+        image_size: Side in px of the square image that `pos_embed` and the global relative positions were trained
+            for. Other sizes work: the position tables are resized in the forward pass.
+        patch_size: Side of a patch in px. Image sides must be multiples of it.
+        mlp_ratio: Width of the MLP as a multiple of `hidden_size`.
+        output_channels: Channels after the neck.
+        downsample_channels: Output channels of the stride-2 convolutions after the neck: `(512, 1024)` in
+            DeepSeek-OCR, GOT-OCR2, Vary and Unlimited-OCR, `(512, 896)` in DeepSeek-OCR-2, `()` in plain SAM.
+        window_size: Side in patches of the attention windows.
+        global_attn_indexes: Blocks that attend over the whole grid instead of windows.
+        qkv_bias: Whether the joint query, key and value projection has a bias.
+        use_abs_pos: Whether the absolute position table `pos_embed` exists.
+        use_rel_pos: Whether the decomposed relative position tables exist.
+        initializer_range: Standard deviation of newly initialised weights.
+
+    Raises:
+        ValueError: For values that make no encoder, and for keywords that neither this class nor transformers knows.
+    """
+
+    model_type = "image_encoder_vit"
+    attribute_map = {
+        "embed_dim": "hidden_size",
+        "depth": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "in_chans": "num_channels",
+        "img_size": "image_size",
+        "out_chans": "output_channels",
+    }
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 1024
+    patch_size: int = 16
+    mlp_ratio: float | int = 4.0
+    output_channels: int = 256
+    downsample_channels: list[int] | tuple[int, ...] = (512, 1024)
+    window_size: int = 14
+    global_attn_indexes: list[int] | tuple[int, ...] = (2, 5, 8, 11)
+    qkv_bias: bool = True
+    use_abs_pos: bool = True
+    use_rel_pos: bool = True
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # transformers turns every keyword it does not know into an attribute, so a misspelt one would change nothing
+        # and say nothing.
+        for keyword in kwargs:
+            if not self._is_known(keyword):
+                raise ValueError(self._describe_unknown(keyword, kwargs[keyword]))
+        # JSON knows no tuples: lists keep a config equal to itself after a round trip.
+        self.global_attn_indexes = list(self.global_attn_indexes)
+        self.downsample_channels = list(self.downsample_channels)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        Builds the configuration from the content of a config.json. Keys from newer libraries are left out with a
+        warning instead of an error, so that a model saved by a later transformers still loads; near misses of our own
+        names stay an error.
+        """
+        known = {}
+        for key, value in config_dict.items():
+            if cls._is_known(key) or cls._closest_keyword(key) is not None:
+                known[key] = value
+            else:
+                logger.warning("Ignoring %r in the configuration: unknown to this version of %s.", key, cls.__name__)
+        return super().from_dict(known, **kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of the `@strict` validation: the values must describe an encoder that can be built."""
+        check_architecture(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_channels=self.num_channels,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            mlp_ratio=self.mlp_ratio,
+            output_channels=self.output_channels,
+            downsample_channels=self.downsample_channels,
+            window_size=self.window_size,
+            global_attn_indexes=self.global_attn_indexes,
+        )
+
+    @classmethod
+    def _known_keywords(cls) -> set[str]:
+        return {field.name for field in fields(cls)} | set(cls.attribute_map) | TRANSFORMERS_KEYWORDS
+
+    @classmethod
+    def _is_known(cls, keyword: str) -> bool:
+        return keyword in cls._known_keywords()
+
+    @classmethod
+    def _closest_keyword(cls, keyword: str) -> str | None:
+        matches = difflib.get_close_matches(keyword, sorted(cls._known_keywords()), n=1, cutoff=0.75)
+        return matches[0] if matches else None
+
+    @classmethod
+    def _describe_unknown(cls, keyword: str, value: Any) -> str:
+        closest = cls._closest_keyword(keyword)
+        hint = f"Did you mean {closest!r}?" if closest else f"Known: {', '.join(sorted(cls._own_keywords()))}."
+        return f"{cls.__name__} has no keyword {keyword!r} (got {keyword}={value!r}). {hint}"
+
+    @classmethod
+    def _own_keywords(cls) -> set[str]:
+        own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        return own | set(cls.attribute_map)
+
+
+def check_architecture(
+    *,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_channels: int,
+    image_size: int,
+    patch_size: int,
+    mlp_ratio: float,
+    output_channels: int,
+    downsample_channels: list[int] | tuple[int, ...],
+    window_size: int,
+    global_attn_indexes: list[int] | tuple[int, ...],
+) -> None:
+    """
+    Checks that the numbers describe an encoder.
+
+    Raises:
+        ValueError: Naming the field, the value seen and what it should be.
+    """
+    sizes = {
+        "hidden_size (embed_dim)": hidden_size,
+        "num_hidden_layers (depth)": num_hidden_layers,
+        "num_attention_heads (num_heads)": num_attention_heads,
+        "num_channels (in_chans)": num_channels,
+        "image_size (img_size)": image_size,
+        "patch_size": patch_size,
+        "output_channels (out_chans)": output_channels,
+        "window_size": window_size,
+        **{f"downsample_channels[{i}]": channels for i, channels in enumerate(downsample_channels)},
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}.")
+    if hidden_size % num_attention_heads:
+        raise ValueError(
+            f"hidden_size (embed_dim) must be a multiple of num_attention_heads (num_heads), "
+            f"got {hidden_size} and {num_attention_heads}."
+        )
+    if image_size % patch_size:
+        raise ValueError(
+            f"image_size (img_size) must be a multiple of patch_size, got {image_size} px and {patch_size} px."
+        )
+    if int(hidden_size * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio must leave the MLP at least one channel, got {mlp_ratio} x {hidden_size}.")
+    outside = [index for index in global_attn_indexes if not 0 <= index < num_hidden_layers]
+    if outside:
+        raise ValueError(
+            f"global_attn_indexes must name blocks 0 to {num_hidden_layers - 1}, "
+            f"got {outside} in {list(global_attn_indexes)}."
+        )
+    if len(set(global_attn_indexes)) != len(global_attn_indexes):
+        raise ValueError(f"global_attn_indexes names a block twice: {list(global_attn_indexes)}.")
+
+
+__all__ = ["ImageEncoderViTConfig"]

@@ -1,0 +1,436 @@
+"""
+The SAM-ViT image encoder ("Segment Anything", arXiv 2304.02643) as DeepSeek-OCR uses it (arXiv 2510.18234): in plain
+PyTorch as `ImageEncoderViT`, and wrapped for transformers as `ImageEncoderViTModel`.
+
+Letters in shapes: B images, H and W the grid in patches, C channels, h and w the grid of the last feature map.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention_image_encoder_vit import (
+    eager_attention,
+    relative_logits,
+    resize_pos_embed,
+    sdpa_attention,
+    window_partition,
+    window_unpartition,
+)
+from .configuration_image_encoder_vit import ImageEncoderViTConfig, check_architecture
+
+LAYER_NORM_EPS = 1e-6  # In every norm, LayerNorm2d included.
+MAX_NAMES_IN_ERROR = 12
+
+
+class ImageEncoderViTLayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ImageEncoderViTPatchEmbed(nn.Module):
+    """Pixels (B, 3, height in px, width in px) to patches (B, H, W, C), in the dtype of the weights."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.proj(pixel_values.to(self.proj.weight.dtype)).permute(0, 2, 3, 1)
+
+
+class ImageEncoderViTAttention(nn.Module):
+    """
+    Multi-head attention with decomposed relative positions over a grid (B, H, W, C).
+
+    `table_size` is the side in patches that the relative position tables are made for: the window, or the whole grid
+    of the training size in global blocks.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, qkv_bias: bool, use_rel_pos: bool, table_size: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.use_rel_pos = use_rel_pos
+        if use_rel_pos:
+            head_dim = embed_dim // num_heads
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
+
+    def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> tuple[Tensor, Tensor | None]:
+        batch, height, width, _ = hidden.shape
+        qkv = self.qkv(hidden).reshape(batch, height * width, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, H * W, C / heads) each
+        relative = None
+        if self.use_rel_pos:
+            relative = relative_logits(query, self.rel_pos_h, self.rel_pos_w, (height, width))
+
+        weights = None
+        if attn_implementation == "eager":
+            attended, weights = eager_attention(query, key, value, relative)
+        else:
+            attended = sdpa_attention(query, key, value, relative)
+        attended = attended.transpose(1, 2).reshape(batch, height, width, -1)
+        return self.proj(attended), weights
+
+
+class ImageEncoderViTMLP(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    def __init__(self, embed_dim: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(embed_dim, mlp_dim)
+        self.lin2 = nn.Linear(mlp_dim, embed_dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.lin2(F.gelu(self.lin1(hidden)))
+
+
+class ImageEncoderViTBlock(GradientCheckpointingLayer):
+    """
+    Transformer block on (B, H, W, C): attention in windows of `window_size` patches, or over the whole grid where it
+    is 0. Windows at the edge are padded with zeros after the norm, and the padding takes part in the attention, as in
+    the published weights' training.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        use_rel_pos: bool,
+        window_size: int,
+        grid_size: int,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.attn = ImageEncoderViTAttention(embed_dim, num_heads, qkv_bias, use_rel_pos, window_size or grid_size)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.mlp = ImageEncoderViTMLP(embed_dim, int(embed_dim * mlp_ratio))
+
+    def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> Tensor:
+        normed = self.norm1(hidden)
+        if self.window_size > 0:
+            windows, _ = self.attn(window_partition(normed, self.window_size), attn_implementation)
+            attended = window_unpartition(windows, (hidden.shape[1], hidden.shape[2]))
+        else:
+            attended, _ = self.attn(normed, attn_implementation)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.norm2(hidden))
+
+
+class ImageEncoderViT(nn.Module):
+    """
+    The encoder in plain PyTorch, with the published signature and parameter names. `ImageEncoderViT()` is SAM-B as
+    DeepSeek-OCR uses it: 95,569,152 parameters in 179 tensors.
+
+    The keyword-only options are what real checkpoints need: `downsample_channels=()` is plain SAM, `(512, 896)` is
+    DeepSeek-OCR-2. `ImageEncoderViTConfig` documents every argument.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 1024,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        out_chans: int = 256,
+        global_attn_indexes: tuple[int, ...] | list[int] = (2, 5, 8, 11),
+        *,
+        window_size: int = 14,
+        qkv_bias: bool = True,
+        use_abs_pos: bool = True,
+        use_rel_pos: bool = True,
+        downsample_channels: tuple[int, ...] | list[int] = (512, 1024),
+    ) -> None:
+        super().__init__()
+        check_architecture(
+            hidden_size=embed_dim,
+            num_hidden_layers=depth,
+            num_attention_heads=num_heads,
+            num_channels=in_chans,
+            image_size=img_size,
+            patch_size=patch_size,
+            mlp_ratio=mlp_ratio,
+            output_channels=out_chans,
+            downsample_channels=downsample_channels,
+            window_size=window_size,
+            global_attn_indexes=global_attn_indexes,
+        )
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        grid_size = img_size // patch_size
+
+        self.patch_embed = ImageEncoderViTPatchEmbed(patch_size, in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, embed_dim)) if use_abs_pos else None
+        self.blocks = nn.ModuleList(
+            ImageEncoderViTBlock(
+                embed_dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                use_rel_pos=use_rel_pos,
+                window_size=0 if index in global_attn_indexes else window_size,
+                grid_size=grid_size,
+            )
+            for index in range(depth)
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(embed_dim, out_chans, kernel_size=1, bias=False),
+            ImageEncoderViTLayerNorm2d(out_chans, eps=LAYER_NORM_EPS),
+            nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
+            ImageEncoderViTLayerNorm2d(out_chans, eps=LAYER_NORM_EPS),
+        )
+        # net_2, net_3, ... halve the grid each; the published names start at 2.
+        self.downsample_names = [f"net_{index + 2}" for index in range(len(downsample_channels))]
+        channels = [out_chans, *downsample_channels]
+        for name, before, after in zip(self.downsample_names, channels[:-1], channels[1:], strict=True):
+            self.add_module(name, nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1, bias=False))
+
+    @property
+    def stride(self) -> int:
+        """Side in px of the image area that one cell of the output stands for: 64 with net_2 and net_3, else 16."""
+        return self.patch_size * 2 ** len(self.downsample_names)
+
+    def forward(self, x: Tensor, attn_implementation: str = "sdpa") -> Tensor:
+        """
+        Encodes pixels (B, 3, height in px, width in px) to features (B, 1024, ceil(height / 64), ceil(width / 64)),
+        or (B, 256, height / 16, width / 16) without downsampling.
+
+        `attn_implementation` is "sdpa" or "eager". Pixels are cast to the dtype of the weights.
+
+        Raises:
+            ValueError: If x is not a non-empty batch of floating-point images whose sides the patch size divides.
+        """
+        check_pixel_values(x, self.in_chans, self.patch_size)
+        hidden = self.patch_embed(x)  # (B, H, W, C)
+        if self.pos_embed is not None:
+            hidden = hidden + resize_pos_embed(self.pos_embed, (hidden.shape[1], hidden.shape[2]))
+        for block in self.blocks:
+            hidden = block(hidden, attn_implementation=attn_implementation)
+        features = self.neck(hidden.permute(0, 3, 1, 2))  # (B, 256, H, W)
+        for name in self.downsample_names:
+            features = self.get_submodule(name)(features)
+        return features
+
+
+@dataclass
+class ImageEncoderViTModelOutput(BaseModelOutputWithPooling):
+    """
+    Output of [`ImageEncoderViTModel`].
+
+    Args:
+        last_hidden_state: The feature map (B, 1024, h, w): h = ceil(height in px / 64), w likewise.
+        pooler_output: Mean of the feature map over its cells (B, 1024).
+        hidden_states: On request, the patch embedding with positions and the output of each block, (B, H, W, C) each.
+        attentions: On request, the attention weights of each block: (B * windows, heads, 196, 196) in windowed blocks,
+            (B, heads, H * W, H * W) in global ones.
+        patch_embeds: The same features as tokens (B, h * w, 1024), row by row: what DeepSeek-OCR feeds to CLIP-L.
+    """
+
+    patch_embeds: Tensor | None = None
+
+
+class ImageEncoderViTModel(PreTrainedModel):
+    """
+    The encoder as a transformers model.
+
+    Its weights carry the published names below the one prefix `encoder.`; state dicts without the prefix load too.
+    """
+
+    config: ImageEncoderViTConfig
+    config_class = ImageEncoderViTConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # The bias depends on the query, which no flash attention kernel takes.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _no_split_modules = ["ImageEncoderViTBlock"]
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(ImageEncoderViTBlock, index=0),
+        "attentions": OutputRecorder(ImageEncoderViTAttention, index=1),
+    }
+
+    def __init__(self, config: ImageEncoderViTConfig) -> None:
+        super().__init__(config)
+        self.encoder = ImageEncoderViT(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            in_chans=config.num_channels,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=config.mlp_ratio,
+            out_chans=config.output_channels,
+            global_attn_indexes=config.global_attn_indexes,
+            window_size=config.window_size,
+            qkv_bias=config.qkv_bias,
+            use_abs_pos=config.use_abs_pos,
+            use_rel_pos=config.use_rel_pos,
+            downsample_channels=config.downsample_channels,
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.patch_embed
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers guesses this from the source: it looks for its own attention interface, which has no room for a
+        # bias made chunk by chunk. Ours is chosen in each forward pass, so it can be set at any time.
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Random rather than zero positions, as ViTDet starts from: zeros would hide a mistake in their handling.
+        if isinstance(module, ImageEncoderViT) and module.pos_embed is not None:
+            init.trunc_normal_(module.pos_embed, std=self.config.initializer_range)
+        elif isinstance(module, ImageEncoderViTAttention) and module.use_rel_pos:
+            init.trunc_normal_(module.rel_pos_h, std=self.config.initializer_range)
+            init.trunc_normal_(module.rel_pos_w, std=self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str] | None,
+        *model_args: Any,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Loads a model as `PreTrainedModel.from_pretrained` does, but refuses a checkpoint that does not fit: where
+        transformers leaves missing weights random with a warning, this raises.
+
+        `strict=False` allows missing and unexpected weights.
+
+        Raises:
+            ValueError: Naming the weights that are missing or unexpected.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if strict and (info["missing_keys"] or info["unexpected_keys"]):
+            raise ValueError(
+                describe_misfit(
+                    f"The checkpoint {str(pretrained_model_name_or_path)!r}", info["missing_keys"], info["unexpected_keys"]
+                )
+            )
+        return (model, info) if wants_info else model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dict with or without the `encoder.` prefix; otherwise as `nn.Module.load_state_dict`."""
+        prefix = f"{self.base_model_prefix}."
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict = {prefix + name: value for name, value in state_dict.items()}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any
+    ) -> ImageEncoderViTModelOutput:
+        """
+        Encodes a batch of images.
+
+        Args:
+            pixel_values: (B, 3, height in px, width in px), both sides multiples of the patch size; cast to the dtype
+                of the weights.
+            pixel_mask: (B, height in px, width in px), 1 for the image and 0 for padding. Only `pooler_output` uses
+                it, averaging the cells that hold a part of the image; padding is attended to, as in training.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. The image processor's other outputs
+                are accepted and not used.
+
+        Raises:
+            ValueError: If `pixel_values` is not such a batch, or `pixel_mask` has another size.
+        """
+        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        # Only the eager path has attention weights to return, so a call that asks for them takes it.
+        attn_implementation = "eager" if wants_attentions else self.config._attn_implementation
+        features = self.encoder(pixel_values, attn_implementation=attn_implementation)
+        return ImageEncoderViTModelOutput(
+            last_hidden_state=features,
+            pooler_output=mean_over_cells(features, pixel_values, pixel_mask, self.encoder.stride),
+            patch_embeds=features.flatten(2).transpose(1, 2),
+        )
+
+
+def check_pixel_values(pixel_values: Tensor, in_chans: int, patch_size: int) -> None:
+    """
+    Checks that `pixel_values` is a batch (B, in_chans, height in px, width in px) that can be cut into patches.
+
+    Raises:
+        ValueError: Naming the shape or dtype seen and what to do.
+    """
+    shape = tuple(pixel_values.shape)
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"pixel_values must be (batch, {in_chans}, height, width), got {pixel_values.ndim} dimensions: {shape}. "
+            "A single image needs a batch dimension: pixel_values[None]."
+        )
+    batch, channels, height, width = shape
+    if channels != in_chans:
+        raise ValueError(f"pixel_values must have {in_chans} channels in dimension 1, got {channels}: {shape}.")
+    if batch == 0:
+        raise ValueError(f"pixel_values holds no image: {shape}.")
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"The sides of pixel_values must be multiples of patch_size={patch_size} px, got {height} x {width} px. "
+            "Resize or pad the images; ImageEncoderViT's image processor does."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values must be floating point and normalised, got {pixel_values.dtype}. "
+            "Use the image processor, or rescale and normalise the pixels first."
+        )
+
+
+def mean_over_cells(features: Tensor, pixel_values: Tensor, pixel_mask: Tensor | None, stride: int) -> Tensor:
+    """Mean of `features` (B, C, h, w) over the cells that hold a part of the image by `pixel_mask`: (B, C)."""
+    if pixel_mask is None:
+        return features.mean(dim=(2, 3))
+    expected = (pixel_values.shape[0], *pixel_values.shape[2:])
+    if tuple(pixel_mask.shape) != expected:
+        raise ValueError(f"pixel_mask must be (batch, height, width) = {expected}, got {tuple(pixel_mask.shape)}.")
+    cells = F.max_pool2d(pixel_mask[:, None].to(features.dtype), stride, ceil_mode=True)  # (B, 1, h, w)
+    return (features * cells).sum(dim=(2, 3)) / cells.sum(dim=(2, 3)).clamp(min=1)
+
+
+def describe_misfit(source: str, missing: list[str] | set[str], unexpected: list[str] | set[str]) -> str:
+    """The error message for a checkpoint whose weights are not exactly the encoder's."""
+    lines = [f"{source} does not fit this encoder."]
+    for what, names in (("Missing", missing), ("Unexpected", unexpected)):
+        if names:
+            shown = ", ".join(sorted(names)[:MAX_NAMES_IN_ERROR])
+            more = f", and {len(names) - MAX_NAMES_IN_ERROR} more" if len(names) > MAX_NAMES_IN_ERROR else ""
+            lines.append(f"{what} weights ({len(names)}): {shown}{more}.")
+    patch_embed = "patch_embed.proj.weight"
+    prefixes = sorted({name.removesuffix(patch_embed) for name in unexpected if name.endswith("." + patch_embed)})
+    if prefixes:
+        lines.append(f"It holds an encoder under {' and '.join(map(repr, prefixes))}: extract those weights first.")
+    lines.append("Pass strict=False to load what fits and leave the rest newly initialised.")
+    return "\n".join(lines)
+
+
+__all__ = ["ImageEncoderViT", "ImageEncoderViTModel", "ImageEncoderViTModelOutput"]
