@@ -1,11 +1,32 @@
 """SAM's ViT image encoder for transformers. Importing the package registers its classes with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.utils import is_torchvision_available
 
 from .configuration_image_encoder_vit import ImageEncoderViTConfig
+from .image_geometry_image_encoder_vit import cell_to_pixels
+from .image_processing_image_encoder_vit import ImageEncoderViTImageProcessor, ImageEncoderViTImageProcessorPil
 from .modeling_image_encoder_vit import ImageEncoderViT, ImageEncoderViTModel, ImageEncoderViTModelOutput
 
 AutoConfig.register(ImageEncoderViTConfig.model_type, ImageEncoderViTConfig)
 AutoModel.register(ImageEncoderViTConfig, ImageEncoderViTModel)
+_image_processors: dict[str, type] = {"pil": ImageEncoderViTImageProcessorPil}
+if is_torchvision_available():
+    _image_processors["torchvision"] = ImageEncoderViTImageProcessor
+AutoImageProcessor.register(ImageEncoderViTConfig, image_processor_classes=_image_processors)
+
+# save_pretrained then writes the code beside the weights, so that they load where this package is not installed.
 ImageEncoderViTConfig.register_for_auto_class()
 ImageEncoderViTModel.register_for_auto_class("AutoModel")
+ImageEncoderViTImageProcessorPil.register_for_auto_class("AutoImageProcessor")
+ImageEncoderViTImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = [
+    "ImageEncoderViT",
+    "ImageEncoderViTConfig",
+    "ImageEncoderViTImageProcessor",
+    "ImageEncoderViTImageProcessorPil",
+    "ImageEncoderViTModel",
+    "ImageEncoderViTModelOutput",
+    "cell_to_pixels",
+]

@@ -41,7 +41,9 @@ def relative_positions(table: Tensor, length: int) -> Tensor:
     return table[position[:, None] - position[None, :] + (length - 1)]
 
 
-def relative_logits(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def relative_logits(
+    query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """
     The two parts of the decomposed relative position bias: (B, N, Q, H) by key row and (B, N, Q, W) by key column.
 

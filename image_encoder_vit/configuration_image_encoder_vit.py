@@ -1,4 +1,4 @@
-"""Configuration of the SAM-ViT image encoder. The defaults are SAM-B with the two extra convolutions of DeepSeek-OCR."""
+"""Configuration of the SAM-ViT image encoder. By default SAM-B with DeepSeek-OCR's two convolutions."""
 
 import difflib
 from dataclasses import fields

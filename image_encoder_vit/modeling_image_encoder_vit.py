@@ -335,7 +335,9 @@ class ImageEncoderViTModel(PreTrainedModel):
         if strict and (info["missing_keys"] or info["unexpected_keys"]):
             raise ValueError(
                 describe_misfit(
-                    f"The checkpoint {str(pretrained_model_name_or_path)!r}", info["missing_keys"], info["unexpected_keys"]
+                    f"The checkpoint {str(pretrained_model_name_or_path)!r}",
+                    info["missing_keys"],
+                    info["unexpected_keys"],
                 )
             )
         return (model, info) if wants_info else model
