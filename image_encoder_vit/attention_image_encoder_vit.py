@@ -13,6 +13,11 @@ from torch import Tensor
 MAX_BIAS_VALUES = 1 << 24
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Lower precisions as float32, for the steps that the published code computes in float32; others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     Resizes the absolute position table (1, H0, W0, C) to `grid` = (H, W), giving (1, H, W, C) in the table's dtype.
@@ -22,7 +27,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     if tuple(pos_embed.shape[1:3]) == tuple(grid):
         return pos_embed
-    channels_first = pos_embed.permute(0, 3, 1, 2).to(torch.float32)
+    channels_first = at_least_float32(pos_embed).permute(0, 3, 1, 2)
     resized = F.interpolate(channels_first, size=grid, mode="bicubic", antialias=True, align_corners=False)
     return resized.to(pos_embed.dtype).permute(0, 2, 3, 1)
 
@@ -35,7 +40,7 @@ def relative_positions(table: Tensor, length: int) -> Tensor:
     """
     offsets = 2 * length - 1
     if table.shape[0] != offsets:
-        by_channel = table.to(torch.float32).T[None]  # (1, D, L)
+        by_channel = at_least_float32(table).T[None]  # (1, D, L)
         table = F.interpolate(by_channel, size=offsets, mode="linear", align_corners=False)[0].T.to(table.dtype)
     position = torch.arange(length, device=table.device)
     return table[position[:, None] - position[None, :] + (length - 1)]
@@ -72,7 +77,7 @@ def eager_attention(
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if relative is not None:
         logits = logits + relative_bias(*relative)
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = at_least_float32(logits).softmax(dim=-1).to(query.dtype)
     return weights @ value, weights
 
 

@@ -1,0 +1,76 @@
+"""Fixtures and builders that several tests share."""
+
+import os
+
+# Before any test imports huggingface_hub, which reads it once: the tests load from folders, never from the Hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from torch import nn
+
+from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
+
+# Two windowed and two global blocks, grid 8 x 8 at the training size, windows that do not divide it.
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 128,
+    "output_channels": 8,
+    "downsample_channels": [12, 20],
+    "window_size": 3,
+    "global_attn_indexes": [1, 3],
+}
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """
+    Gives every parameter a random value of a trained model's size: positions far from zero, gains away from 1, so
+    that a mistake with any of them shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "rel_pos" in name or "pos_embed" in name:
+                value = 0.5 * noise
+            elif parameter.ndim == 1 and name.endswith("weight"):
+                value = 1 + 0.2 * noise
+            elif parameter.ndim == 1:
+                value = 0.2 * noise
+            else:
+                value = noise / parameter[0].numel() ** 0.5
+            parameter.copy_(value)
+    return model
+
+
+def small_model(seed: int = 0, **changes: object) -> ImageEncoderViTModel:
+    """A small random model in eval mode; `changes` go to its configuration."""
+    return randomize(ImageEncoderViTModel(ImageEncoderViTConfig(**{**SMALL, **changes})), seed).eval()
+
+
+def random_pixels(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Pixels as a processor gives them, -1 to 1."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64; NaN never compares as small."""
+    actual, expected = actual.to(torch.float64), expected.to(torch.float64)
+    assert actual.shape == expected.shape
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture
+def model() -> ImageEncoderViTModel:
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a small model and its processor (canvas 128 x 128 px), as save_pretrained writes them."""
+    folder = tmp_path_factory.mktemp("model")
+    small_model().save_pretrained(folder)
+    ImageEncoderViTImageProcessorPil(size=128).save_pretrained(folder)
+    return str(folder)
