@@ -5,10 +5,11 @@ PyTorch as `ImageEncoderViT`, and wrapped for transformers as `ImageEncoderViTMo
 Letters in shapes: B images, H and W the grid in patches, C channels, h and w the grid of the last feature map.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_image_encoder_vit import (
@@ -233,20 +234,24 @@ class ImageEncoderViT(nn.Module):
 
 
 @dataclass
-class ImageEncoderViTModelOutput(BaseModelOutputWithPooling):
+class ImageEncoderViTModelOutput(ModelOutput):
     """
     Output of [`ImageEncoderViTModel`].
 
     Args:
         last_hidden_state: The feature map (B, 1024, h, w): h = ceil(height in px / 64), w likewise.
         pooler_output: Mean of the feature map over its cells (B, 1024).
+        patch_embeds: The same features as tokens (B, h * w, 1024), row by row: what DeepSeek-OCR feeds to CLIP-L.
         hidden_states: On request, the patch embedding with positions and the output of each block, (B, H, W, C) each.
         attentions: On request, the attention weights of each block: (B * windows, heads, 196, 196) in windowed blocks,
             (B, heads, H * W, H * W) in global ones.
-        patch_embeds: The same features as tokens (B, h * w, 1024), row by row: what DeepSeek-OCR feeds to CLIP-L.
     """
 
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
     patch_embeds: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class ImageEncoderViTModel(PreTrainedModel):
@@ -323,23 +328,27 @@ class ImageEncoderViTModel(PreTrainedModel):
         Loads a model as `PreTrainedModel.from_pretrained` does, but refuses a checkpoint that does not fit: where
         transformers leaves missing weights random with a warning, this raises.
 
-        `strict=False` allows missing and unexpected weights.
+        `strict=False` allows missing and unexpected weights, `ignore_mismatched_sizes=True` weights of another shape.
 
         Raises:
-            ValueError: Naming the weights that are missing or unexpected.
+            ValueError: Naming the weights that are missing, unexpected or of another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        allows_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # All that does not fit is reported together below.
+            **kwargs,
         )
-        if strict and (info["missing_keys"] or info["unexpected_keys"]):
-            raise ValueError(
-                describe_misfit(
-                    f"The checkpoint {str(pretrained_model_name_or_path)!r}",
-                    info["missing_keys"],
-                    info["unexpected_keys"],
-                )
-            )
+        misfit = Misfit(
+            missing=sorted(info["missing_keys"]) if strict else [],
+            unexpected=sorted(info["unexpected_keys"]) if strict else [],
+            mismatched=[] if allows_mismatches else sorted(info["mismatched_keys"]),
+        )
+        if any(misfit):
+            raise ValueError(describe_misfit(str(pretrained_model_name_or_path), misfit))
         return (model, info) if wants_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -419,19 +428,33 @@ def mean_over_cells(features: Tensor, pixel_values: Tensor, pixel_mask: Tensor |
     return (features * cells).sum(dim=(2, 3)) / cells.sum(dim=(2, 3)).clamp(min=1)
 
 
-def describe_misfit(source: str, missing: list[str] | set[str], unexpected: list[str] | set[str]) -> str:
-    """The error message for a checkpoint whose weights are not exactly the encoder's."""
-    lines = [f"{source} does not fit this encoder."]
-    for what, names in (("Missing", missing), ("Unexpected", unexpected)):
-        if names:
-            shown = ", ".join(sorted(names)[:MAX_NAMES_IN_ERROR])
-            more = f", and {len(names) - MAX_NAMES_IN_ERROR} more" if len(names) > MAX_NAMES_IN_ERROR else ""
-            lines.append(f"{what} weights ({len(names)}): {shown}{more}.")
+class Misfit(NamedTuple):
+    """The weights of a checkpoint that are not the encoder's: names, and shapes where they differ (theirs, ours)."""
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
+def describe_misfit(source: str, misfit: Misfit) -> str:
+    """The error message for a checkpoint `source` whose weights are not exactly the encoder's."""
+    shapes = [f"{name} {tuple(theirs)} instead of {tuple(ours)}" for name, theirs, ours in misfit.mismatched]
+    lines = [f"The checkpoint {source!r} does not fit this encoder."]
+    for what, entries in (("Missing", misfit.missing), ("Unexpected", misfit.unexpected), ("Mismatched", shapes)):
+        if entries:
+            more = f", and {len(entries) - MAX_NAMES_IN_ERROR} more" if len(entries) > MAX_NAMES_IN_ERROR else ""
+            lines.append(f"{what} weights ({len(entries)}): {', '.join(entries[:MAX_NAMES_IN_ERROR])}{more}.")
     patch_embed = "patch_embed.proj.weight"
-    prefixes = sorted({name.removesuffix(patch_embed) for name in unexpected if name.endswith("." + patch_embed)})
+    prefixes = [name.removesuffix(patch_embed) for name in misfit.unexpected if name.endswith("." + patch_embed)]
     if prefixes:
-        lines.append(f"It holds an encoder under {' and '.join(map(repr, prefixes))}: extract those weights first.")
-    lines.append("Pass strict=False to load what fits and leave the rest newly initialised.")
+        lines.append(
+            f"It holds an encoder under {' and '.join(map(repr, prefixes))}: load it with "
+            f'key_mapping={{r"^{re.escape(prefixes[0])}": "encoder."}}, or extract those weights.'
+        )
+    lines.append(
+        "strict=False loads what fits and leaves the rest newly initialised; ignore_mismatched_sizes=True allows "
+        "other shapes."
+    )
     return "\n".join(lines)
 
 
