@@ -6,6 +6,7 @@ Image processors of the encoder, one for each backend of transformers.
 pixels differ slightly from PIL's.
 """
 
+import difflib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -81,6 +82,14 @@ class ImageEncoderViTViews(BaseImageProcessor):
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
     do_convert_rgb = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        # transformers keeps keywords it does not know as attributes, so a misspelt one would change nothing.
+        known = self.valid_kwargs.__annotations__
+        for keyword in kwargs.keys() - known.keys():
+            if closest := difflib.get_close_matches(keyword, known, n=1, cutoff=0.8):
+                raise ValueError(f"{type(self).__name__} has no setting {keyword!r}. Did you mean {closest[0]!r}?")
+        super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as written to preprocessor_config.json, with the code of both backends named for the Hub."""

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 from image_encoder_vit.feature_pictures import page_beside_features
+from image_encoder_vit.image_geometry_image_encoder_vit import Region, Size
 from image_encoder_vit.image_processing_image_encoder_vit import open_image, to_rgb
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
@@ -39,8 +40,8 @@ class Encoded(NamedTuple):
     name: str
     page: Image.Image
     features: torch.Tensor
-    original_size: list[int]
-    valid_region: list[int]
+    original_size: Size
+    valid_region: Region
 
 
 def main() -> int:
@@ -164,8 +165,10 @@ def encode_image(path: Path, processor: Any, model: Any, *, do_pad: bool) -> tup
         f"grid {height_px // patch_px} x {width_px // patch_px}, "
         f"features {tuple(features.shape)}, {outputs.patch_embeds.shape[1]} tokens, {elapsed_s:.2f} s"
     )
-    original_size, valid_region = (inputs[name][0].tolist() for name in ("original_sizes", "valid_regions"))
-    return Encoded(str(path), page, features, original_size, valid_region), report
+    height, width = inputs["original_sizes"][0].tolist()
+    top, left, valid_height, valid_width = inputs["valid_regions"][0].tolist()
+    encoded = Encoded(str(path), page, features, (height, width), (top, left, valid_height, valid_width))
+    return encoded, report
 
 
 def write_features(encoded: list[Encoded], output: Path, checkpoint: str | None) -> None:
@@ -184,7 +187,7 @@ def write_features(encoded: list[Encoded], output: Path, checkpoint: str | None)
 
 def draw(encoded: list[Encoded], stride: int) -> Image.Image:
     """The pages beside their features, one below the other."""
-    rows = [page_beside_features(e.page, e.features, tuple(e.valid_region), stride) for e in encoded]
+    rows = [page_beside_features(e.page, e.features, e.valid_region, stride) for e in encoded]
     gap_px = 16
     height = sum(row.height for row in rows) + gap_px * (len(rows) - 1)
     picture = Image.new("RGB", (max(row.width for row in rows), height), (255, 255, 255))

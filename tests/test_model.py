@@ -174,7 +174,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool) ->
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": use_reentrant})
         runs = []
-        model.encoder.blocks[1].mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        model.encoder.blocks[1].norm1.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         pixels = random_pixels(1, 3, 128, 128).requires_grad_()
         model(pixels).last_hidden_state.square().sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
