@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
+VENV_TORCHVISION := .venv-torchvision
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: encode test lint check test-oldest clean
+.PHONY: encode test lint check test-oldest test-torchvision clean
 
 # The main job: encode the sample page, and draw it beside its features.
 encode: $(VENV)/.installed
@@ -25,6 +26,11 @@ check: lint test
 test-oldest: $(VENV_OLDEST)/.installed
 	$(VENV_OLDEST)/bin/python -m pytest
 
+# The image processors with torchvision, whose registry builds come with CUDA libraries too; they run on the CPU.
+test-torchvision: $(VENV_TORCHVISION)/.installed
+	$(VENV_TORCHVISION)/bin/python -m pytest tests/test_image_processing.py tests/test_image_processing_torchvision.py \
+		tests/test_loading.py tests/test_remote_code.py
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable ".[test,dev]"
@@ -32,8 +38,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(VENV_OLDEST)
-	$(VENV_OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[test]"
+	$(VENV_OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[test,torchvision]"
+	touch $@
+
+$(VENV_TORCHVISION)/.installed: pyproject.toml constraints-torchvision.txt
+	$(PYTHON) -m venv --clear $(VENV_TORCHVISION)
+	$(VENV_TORCHVISION)/bin/python $(INSTALL) --constraint constraints-torchvision.txt --editable ".[test,torchvision]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) out
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_TORCHVISION) out

@@ -1,6 +1,9 @@
 """SAM's ViT image encoder for transformers. Importing the package registers its classes with the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoModel
+
+# Older releases ask for torchvision when it is imported from the top of transformers, although it works without.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from .configuration_image_encoder_vit import ImageEncoderViTConfig

@@ -145,7 +145,7 @@ def load_encoder(checkpoint: str | None, device: torch.device, dtype: str | None
         model = AutoModel.from_pretrained(checkpoint, dtype=DTYPES[dtype] if dtype else "auto")
         if not isinstance(model, ImageEncoderViTModel):
             raise ValueError(f"{checkpoint!r} is a {type(model).__name__}, not an ImageEncoderViTModel.")
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
+        processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # the exact one
     return processor, model.to(device).eval()
 
 
