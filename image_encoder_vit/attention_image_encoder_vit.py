@@ -11,6 +11,8 @@ from torch import Tensor
 
 # A bias of B x N x Q x K values is built for this many values at a time: 64 MB in float32.
 MAX_BIAS_VALUES = 1 << 24
+# Logits of this many queries at a time on the CPU: 4 MB in float32 at 1024 x 1024 px, which stay in the cache.
+QUERIES_PER_CHUNK = 256
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -64,6 +66,8 @@ def relative_logits(
 
 def relative_bias(rel_h: Tensor, rel_w: Tensor) -> Tensor:
     """Adds the two parts of `relative_logits`, (B, N, Q, H) and (B, N, Q, W), up to the bias (B, N, Q, H * W)."""
+    if rel_h.device.type == "cpu":  # The CPU adds short rows of low precision several times slower than float32.
+        return (at_least_float32(rel_h)[..., :, None] + at_least_float32(rel_w)[..., None, :]).flatten(-2).to(rel_h)
     return (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
 
 
@@ -106,13 +110,51 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, relative: tuple[Te
     return torch.cat(chunks, dim=2)
 
 
-def window_partition(hidden: Tensor, window: int) -> Tensor:
+def cpu_inference_attention(
+    query: Tensor, key: Tensor, value: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """
+    Attention over a whole grid on the CPU, for inference: a head and a few hundred queries at a time, in one buffer.
+
+    The bias is written into the buffer by broadcasting, the matrix product added to it, and the softmax taken in
+    place, so that no more than QUERIES_PER_CHUNK x K logits ever exist. `query`, `key`, `value` are (B, N, Q, D) with
+    any strides; `rel_pos_h` and `rel_pos_w` are the tables. Returns (B, Q, N, D), contiguous.
+    """
+    batch, heads, queries, dim = query.shape
+    height, width = grid
+    table_h = relative_positions(rel_pos_h, height).transpose(1, 2)  # (H, D, H)
+    table_w = relative_positions(rel_pos_w, width).transpose(1, 2)  # (W, D, W)
+    attended = query.new_empty(batch, queries, heads, dim)
+    buffer = query.new_empty(min(QUERIES_PER_CHUNK, queries), height, width)
+    for image in range(batch):
+        for head in range(heads):
+            q, k, v = query[image, head], key[image, head], value[image, head]  # (Q, D), (K, D), (K, D)
+            by_row = q.unflatten(0, grid)  # (H, W, D)
+            rel_h = (by_row @ table_h).flatten(0, 1)  # (Q, H)
+            rel_w = (by_row.transpose(0, 1) @ table_w).transpose(0, 1).flatten(0, 1)  # (Q, W)
+            for start in range(0, queries, QUERIES_PER_CHUNK):
+                chunk = slice(start, min(start + QUERIES_PER_CHUNK, queries))
+                bias = buffer[: chunk.stop - chunk.start]
+                torch.add(rel_h[chunk, :, None], rel_w[chunk, None, :], out=bias)
+                logits = bias.flatten(1)
+                torch.addmm(logits, q[chunk], k.T, alpha=dim**-0.5, out=logits)
+                torch.softmax(logits, dim=-1, out=logits)
+                torch.mm(logits, v, out=attended[image, chunk, head])
+    return attended
+
+
+def window_partition(hidden: Tensor, window: int, padding: Tensor | None = None) -> Tensor:
     """
     Cuts (B, H, W, C) into windows (B * windows, window, window, C), row by row, after padding the bottom and right
-    with zeros up to whole windows (ViTDet, arXiv 2203.16527).
+    with `padding` (C,), or zeros, up to whole windows (ViTDet, arXiv 2203.16527).
     """
     batch, height, width, channels = hidden.shape
-    hidden = F.pad(hidden, (0, 0, 0, -width % window, 0, -height % window))
+    right, bottom = -width % window, -height % window
+    if padding is None:
+        hidden = F.pad(hidden, (0, 0, 0, right, 0, bottom))
+    elif right or bottom:
+        hidden = torch.cat([hidden, padding.expand(batch, height, right, channels)], dim=2)
+        hidden = torch.cat([hidden, padding.expand(batch, bottom, width + right, channels)], dim=1)
     rows, columns = hidden.shape[1] // window, hidden.shape[2] // window
     hidden = hidden.reshape(batch, rows, window, columns, window, channels)
     return hidden.transpose(2, 3).reshape(batch * rows * columns, window, window, channels)

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_image_encoder_vit import (
+    cpu_inference_attention,
     eager_attention,
     relative_logits,
     resize_pos_embed,
@@ -32,6 +33,16 @@ from .configuration_image_encoder_vit import ImageEncoderViTConfig, check_archit
 
 LAYER_NORM_EPS = 1e-6  # In every norm, LayerNorm2d included.
 MAX_NAMES_IN_ERROR = 12
+MIN_TOKENS_AS_CONVOLUTION = 64  # Below, setting up a convolution costs more than it saves.
+TOKENS_PER_BAND = 896  # What a band of windows of 14 holds at 1024 x 1024 px.
+
+
+def is_cpu_inference(hidden: Tensor) -> bool:
+    """
+    Whether `hidden` is computed on the CPU without gradients, outside of compilation and export: then, and only then,
+    results may be written in place and buffers reused.
+    """
+    return hidden.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class ImageEncoderViTLayerNorm2d(nn.LayerNorm):
@@ -49,22 +60,51 @@ class ImageEncoderViTPatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.proj(pixel_values.to(self.proj.weight.dtype)).permute(0, 2, 3, 1)
+        patches = self.proj(pixel_values.to(self.proj.weight.dtype)).permute(0, 2, 3, 1)
+        return patches.contiguous()  # Channels last in memory too: every layer up to the neck works on channels.
+
+
+class ImageEncoderViTLinear(nn.Linear):
+    """
+    A linear layer over the channels of (B, H, W, C).
+
+    In inference on the CPU it runs as a 1 x 1 convolution: the same sums, which oneDNN computes about a third faster
+    than PyTorch's default matrix library does.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_cpu_inference(input) or not self._pays_as_convolution(input):
+            return super().forward(input)
+        return F.conv2d(input.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)
+
+    def _pays_as_convolution(self, input: Tensor) -> bool:
+        return (
+            input.ndim == 4
+            and input.shape[0] * input.shape[1] * input.shape[2] >= MIN_TOKENS_AS_CONVOLUTION
+            and input.dtype in (torch.float32, torch.bfloat16)
+            and type(self.weight) is nn.Parameter  # A quantised weight is a subclass.
+            and torch.backends.mkldnn.is_available()
+        )
 
 
 class ImageEncoderViTAttention(nn.Module):
     """
-    Multi-head attention with decomposed relative positions over a grid (B, H, W, C).
+    Multi-head attention with decomposed relative positions over a grid (B, H, W, C): in windows of `window_size`
+    patches, or over the whole grid where it is 0.
 
-    `table_size` is the side in patches that the relative position tables are made for: the window, or the whole grid
-    of the training size in global blocks.
+    Windows that stick out of the grid are filled with padding tokens, zeros before the projection, which take part in
+    the attention, as in the published weights' training. `table_size` is the side in patches that the relative
+    position tables are made for: the window, or the whole grid of the training size in global blocks.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, qkv_bias: bool, use_rel_pos: bool, table_size: int) -> None:
+    def __init__(
+        self, embed_dim: int, num_heads: int, qkv_bias: bool, use_rel_pos: bool, window_size: int, table_size: int
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.window_size = window_size
+        self.qkv = ImageEncoderViTLinear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = ImageEncoderViTLinear(embed_dim, embed_dim)
         self.use_rel_pos = use_rel_pos
         if use_rel_pos:
             head_dim = embed_dim // num_heads
@@ -72,20 +112,33 @@ class ImageEncoderViTAttention(nn.Module):
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
 
     def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> tuple[Tensor, Tensor | None]:
-        batch, height, width, _ = hidden.shape
-        qkv = self.qkv(hidden).reshape(batch, height * width, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, H * W, C / heads) each
-        relative = None
-        if self.use_rel_pos:
-            relative = relative_logits(query, self.rel_pos_h, self.rel_pos_w, (height, width))
+        grid = hidden.shape[1], hidden.shape[2]
+        qkv = self.qkv(hidden)  # (B, H, W, 3 * C)
+        if self.window_size:
+            # A zero token becomes the bias, so only real tokens go through the projections: padding is filled in.
+            padding = self.qkv(hidden.new_zeros(1, 1, 1, hidden.shape[3])).flatten()
+            attended, weights = self._attend(window_partition(qkv, self.window_size, padding), attn_implementation)
+            attended = window_unpartition(attended, grid)
+        else:
+            attended, weights = self._attend(qkv, attn_implementation)
+        return self.proj(attended), weights
 
+    def _attend(self, qkv: Tensor, attn_implementation: str) -> tuple[Tensor, Tensor | None]:
+        """From (B, H, W, 3 * C) to the attended values (B, H, W, C) and, if "eager", the weights (B, heads, Q, K)."""
+        batch, height, width, _ = qkv.shape
+        by_head = qkv.reshape(batch, height * width, 3, self.num_heads, -1)
+        query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, H * W, C / heads) each
+        grid = (height, width)
+        if attn_implementation != "eager" and self.use_rel_pos and not self.window_size and is_cpu_inference(qkv):
+            attended = cpu_inference_attention(query, key, value, self.rel_pos_h, self.rel_pos_w, grid)
+            return attended.reshape(batch, height, width, -1), None
+        relative = relative_logits(query, self.rel_pos_h, self.rel_pos_w, grid) if self.use_rel_pos else None
         weights = None
         if attn_implementation == "eager":
             attended, weights = eager_attention(query, key, value, relative)
         else:
             attended = sdpa_attention(query, key, value, relative)
-        attended = attended.transpose(1, 2).reshape(batch, height, width, -1)
-        return self.proj(attended), weights
+        return attended.transpose(1, 2).reshape(batch, height, width, -1), weights
 
 
 class ImageEncoderViTMLP(nn.Module):
@@ -93,19 +146,15 @@ class ImageEncoderViTMLP(nn.Module):
 
     def __init__(self, embed_dim: int, mlp_dim: int) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(embed_dim, mlp_dim)
-        self.lin2 = nn.Linear(mlp_dim, embed_dim)
+        self.lin1 = ImageEncoderViTLinear(embed_dim, mlp_dim)
+        self.lin2 = ImageEncoderViTLinear(mlp_dim, embed_dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.lin2(F.gelu(self.lin1(hidden)))
 
 
 class ImageEncoderViTBlock(GradientCheckpointingLayer):
-    """
-    Transformer block on (B, H, W, C): attention in windows of `window_size` patches, or over the whole grid where it
-    is 0. Windows at the edge are padded with zeros after the norm, and the padding takes part in the attention, as in
-    the published weights' training.
-    """
+    """Transformer block on (B, H, W, C): attention, in windows or over the whole grid, then the MLP."""
 
     def __init__(
         self,
@@ -120,19 +169,35 @@ class ImageEncoderViTBlock(GradientCheckpointingLayer):
         super().__init__()
         self.window_size = window_size
         self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.attn = ImageEncoderViTAttention(embed_dim, num_heads, qkv_bias, use_rel_pos, window_size or grid_size)
+        self.attn = ImageEncoderViTAttention(
+            embed_dim, num_heads, qkv_bias, use_rel_pos, window_size, table_size=window_size or grid_size
+        )
         self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.mlp = ImageEncoderViTMLP(embed_dim, int(embed_dim * mlp_ratio))
 
     def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> Tensor:
-        normed = self.norm1(hidden)
-        if self.window_size > 0:
-            windows, _ = self.attn(window_partition(normed, self.window_size), attn_implementation)
-            attended = window_unpartition(windows, (hidden.shape[1], hidden.shape[2]))
-        else:
-            attended, _ = self.attn(normed, attn_implementation)
-        hidden = hidden + attended
+        if is_cpu_inference(hidden) and attn_implementation != "eager":
+            return self._forward_in_bands(hidden, attn_implementation)
+        hidden = hidden + self.attn(self.norm1(hidden), attn_implementation)[0]
         return hidden + self.mlp(self.norm2(hidden))
+
+    def _forward_in_bands(self, hidden: Tensor, attn_implementation: str) -> Tensor:
+        """
+        The same, a band of rows at a time, for inference on the CPU: temporaries of a band fit into the cache and are
+        reused, where those of a whole page are fetched from the operating system page by page.
+        """
+        rows = self.window_size or max(1, TOKENS_PER_BAND // hidden.shape[2])
+        output = torch.empty_like(hidden)
+        if not self.window_size:
+            torch.add(hidden, self.attn(self.norm1(hidden), attn_implementation)[0], out=output)
+        for image in range(hidden.shape[0]):
+            for top in range(0, hidden.shape[1], rows):
+                band = output[image : image + 1, top : top + rows]
+                if self.window_size:
+                    before = hidden[image : image + 1, top : top + rows]
+                    torch.add(before, self.attn(self.norm1(before), attn_implementation)[0], out=band)
+                band += self.mlp(self.norm2(band))
+        return output
 
 
 class ImageEncoderViT(nn.Module):

@@ -19,7 +19,9 @@ PUBLISHED = {
 }
 
 
-def stages_of(encoder: ImageEncoderViT, pixels: torch.Tensor, attn_implementation: str) -> dict[str, torch.Tensor]:
+def stages_of(
+    encoder: ImageEncoderViT, pixels: torch.Tensor, attn_implementation: str, with_gradients: bool
+) -> dict[str, torch.Tensor]:
     """What each stage of the encoder gives for one image, as (H, W, C), caught by hooks."""
     stages: dict[str, torch.Tensor] = {}
 
@@ -38,11 +40,13 @@ def stages_of(encoder: ImageEncoderViT, pixels: torch.Tensor, attn_implementatio
         block.register_forward_hook(keep(f"blocks.{index}", channels_first=False))
     for name in ("neck", *encoder.downsample_names):
         encoder.get_submodule(name).register_forward_hook(keep(name, channels_first=True))
-    with torch.no_grad():
+    with torch.set_grad_enabled(with_gradients):
         encoder(pixels[None], attn_implementation=attn_implementation)
     return stages
 
 
+# Inference on the CPU takes other steps than training does.
+@pytest.mark.parametrize("with_gradients", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     ("height", "width"),
@@ -54,7 +58,7 @@ def stages_of(encoder: ImageEncoderViT, pixels: torch.Tensor, attn_implementatio
 )
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": False, "use_abs_pos": False, "use_rel_pos": False}])
 def test_each_stage_equals_the_reference(
-    attn_implementation: str, height: int, width: int, changes: dict[str, bool]
+    attn_implementation: str, with_gradients: bool, height: int, width: int, changes: dict[str, bool]
 ) -> None:
     encoder = randomize(ImageEncoderViT(**{**PUBLISHED, **changes})).to(torch.float64)
     pixels = random_pixels(3, height, width).to(torch.float64)
@@ -65,7 +69,7 @@ def test_each_stage_equals_the_reference(
         window=SMALL["window_size"],
         global_attn_indexes=SMALL["global_attn_indexes"],
     )
-    actual = stages_of(encoder, pixels, attn_implementation)
+    actual = stages_of(encoder, pixels, attn_implementation, with_gradients)
     assert actual.keys() == expected.keys()
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     assert all(error <= 1e-12 for error in errors.values()), errors
