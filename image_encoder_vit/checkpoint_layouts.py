@@ -33,13 +33,14 @@ MAX_NAMES_SHOWN = 8
 # Parts of published names, and what they are called elsewhere.
 TRANSFORMERS_NAMES = {
     "patch_embed.proj": "patch_embed.projection",
-    "blocks": "layers",
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
+    # Before the norms, so that `neck.layer_norm1` is not taken for a block's.
     "neck.0": "neck.conv1",
     "neck.1": "neck.layer_norm1",
     "neck.2": "neck.conv2",
     "neck.3": "neck.layer_norm2",
+    "blocks": "layers",
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
     "net_2": "proj.conv1",
     "net_3": "proj.conv2",
 }
@@ -352,10 +353,11 @@ def infer_config(shapes: Mapping[str, Shape], hints: Mapping[str, Any], notices:
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise ValueError(f"The encoder is incomplete: {_listed(missing)} missing.")
-    hidden_size, num_channels, patch_size = (*shapes["patch_embed.proj.weight"], 0, 0, 0)[:3]
-    if len(shapes["patch_embed.proj.weight"]) != 4 or 0 in shapes["patch_embed.proj.weight"]:
-        raise ValueError(f"patch_embed.proj.weight must be (O, I, H, W), got {shapes['patch_embed.proj.weight']}.")
-    patch_size = shapes["patch_embed.proj.weight"][3]
+    ranks = {"patch_embed.proj.weight": 4, "neck.0.weight": 4, "blocks.0.mlp.lin1.weight": 2}
+    for name, rank in ranks.items():
+        if len(shapes[name]) != rank or 0 in shapes[name]:
+            raise ValueError(f"{name} must have {rank} dimensions, none of them 0, got {shapes[name]}.")
+    hidden_size, num_channels, patch_size, _ = shapes["patch_embed.proj.weight"]
     depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
     grid = _grid_size(shapes, hints, patch_size)
     window_size, global_attn_indexes = _attention_pattern(shapes, depth, grid, hints, notices)
@@ -440,8 +442,8 @@ def _exact_ratio(mlp_size: int, hidden_size: int) -> float:
 
 def _downsample_channels(shapes: Mapping[str, Shape]) -> list[int]:
     channels = []
-    while f"net_{len(channels) + 2}.weight" in shapes:
-        channels.append(shapes[f"net_{len(channels) + 2}.weight"][0])
+    while shape := shapes.get(f"net_{len(channels) + 2}.weight"):
+        channels.append(shape[0])
     return channels
 
 

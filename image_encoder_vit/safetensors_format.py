@@ -14,7 +14,7 @@ from math import prod
 from typing import Any, BinaryIO, NamedTuple
 
 LENGTH_BYTES = 8
-# 16 MiB of JSON describe over 100,000 tensors, and take about 100 MB as Python objects; the format itself allows 100 MB.
+# 16 MiB of JSON describe over 100,000 tensors and take about 100 MB as Python objects. The format allows 100 MB.
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 16
 BYTES_PER_VALUE = {
