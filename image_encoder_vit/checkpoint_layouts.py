@@ -441,7 +441,7 @@ def _exact_ratio(mlp_size: int, hidden_size: int) -> float:
 
 
 def _downsample_channels(shapes: Mapping[str, Shape]) -> list[int]:
-    channels = []
+    channels: list[int] = []
     while shape := shapes.get(f"net_{len(channels) + 2}.weight"):
         channels.append(shape[0])
     return channels
