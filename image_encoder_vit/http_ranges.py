@@ -15,8 +15,8 @@ from threading import Event, Lock
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub import get_session, hf_raise_for_status
+from huggingface_hub.errors import HfHubHTTPError
 
 # The client library under huggingface_hub has changed its name (httpx, httpx2), its base exception is found by this.
 HttpError: Any = HfHubHTTPError.__bases__[0]
