@@ -194,20 +194,12 @@ def rename_back(name: str, parts: Mapping[str, str]) -> str:
 
 def encoder_prefixes(names: Iterable[str]) -> list[str]:
     """
-    Prefixes in a checkpoint below which an encoder of this kind may be: beside its patch embedding lies a position
-    table or its neck. Sorted; CLIP towers and plain ViTs have neither under these names.
+    Prefixes in a checkpoint below which an encoder of this kind may be: those with a patch embedding and a neck, which
+    CLIP towers and plain ViTs lack. Sorted. Needs no shapes, so that an index is enough.
     """
     known = set(names)
-    prefixes = set()
-    for name in known:
-        for anchor in ANCHORS:
-            prefix = name.removesuffix(anchor)
-            if prefix == name or (prefix and not prefix.endswith(".")):
-                continue
-            necks = (f"{prefix}neck.0.weight", f"{prefix}neck.conv1.weight")
-            if f"{prefix}pos_embed" in known or any(neck in known for neck in necks):
-                prefixes.add(prefix)
-    return sorted(prefixes)
+    with_neck = {name[: match.start(1)] for name in known if (match := re.search(r"(?:^|\.)(neck\.)", name))}
+    return sorted(prefix for prefix in with_neck if any(prefix + anchor in known for anchor in ANCHORS))
 
 
 def choose_prefix(names: Iterable[str], prefix: str | None = None) -> str:
