@@ -351,6 +351,9 @@ def infer_config(shapes: Mapping[str, Shape], hints: Mapping[str, Any], notices:
             raise ValueError(f"{name} must have {rank} dimensions, none of them 0, got {shapes[name]}.")
     hidden_size, num_channels, patch_size, _ = shapes["patch_embed.proj.weight"]
     depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    if depth > len(shapes):
+        # A file of a few bytes can name block 10 ** 9: names must be plausible before anything is built for them.
+        raise ValueError(f"The encoder names block {depth - 1}, but has only {len(shapes)} weights.")
     grid = _grid_size(shapes, hints, patch_size)
     window_size, global_attn_indexes = _attention_pattern(shapes, depth, grid, hints, notices)
     mlp_size = shapes["blocks.0.mlp.lin1.weight"][0]
@@ -468,9 +471,6 @@ def check_shapes(shapes: Mapping[str, Shape], config: ImageEncoderViTConfig, pre
     Raises:
         ValueError: Naming the weights that are missing, unexpected or of another shape.
     """
-    # A file of a few bytes can name block 10 ** 9: the names must be plausible before a module is built for them.
-    if config.num_hidden_layers > len(shapes):
-        raise ValueError(f"The encoder below {prefix!r} names block {config.num_hidden_layers - 1} but lacks others.")
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - shapes.keys())
     unexpected = sorted(shapes.keys() - expected.keys())

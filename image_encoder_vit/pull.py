@@ -425,7 +425,8 @@ def _checked(name: str, tensor: torch.Tensor, original: torch.Tensor) -> torch.T
 
 
 def _to_bytes(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().view(torch.uint8).numpy().data)
+    # Flattened first: a transposed tensor with sides of 1 counts as contiguous, but cannot be seen as bytes.
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _write_settings(opened: Opened, folder: Path, dtype: torch.dtype, notices: list[str]) -> None:
