@@ -5,7 +5,7 @@ Takes the encoder, and nothing else, out of any checkpoint of its family, and wr
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -197,6 +197,7 @@ def _open_local(path: Path, filename: str | None, prefix: str | None) -> Opened:
         folder, names = path.parent, [path.name]
         selection = select_checkpoint(names, path.name, "The folder")
     files = [selection.name]
+    weight_map: dict[str, str] = {}
     if selection.is_index:
         if not path.is_dir():
             names = sorted(file.name for file in folder.iterdir() if file.is_file())
@@ -214,7 +215,8 @@ def _open_local(path: Path, filename: str | None, prefix: str | None) -> Opened:
         config=_read_json(beside, "config.json"),
         preprocessor=_read_json(beside, "preprocessor_config.json"),
     )
-    layout = find_layout(tensors.shapes, prefix=prefix, source_config=source.config)
+    shapes = _all_shapes(weight_map, files, tensors.shapes)
+    layout = find_layout(shapes, prefix=prefix, source_config=source.config)
     return Opened(source, layout, tensors, Traffic())
 
 
@@ -273,7 +275,8 @@ def _open_remote(
             logger.warning("%s", notice)
             discard(staging)
     tensors = _open_files(selection, [repository.download(file) for file in files])
-    layout = find_layout(tensors.shapes | _names_elsewhere(weight_map), prefix=prefix, source_config=source.config)
+    shapes = _all_shapes(weight_map, files, tensors.shapes)
+    layout = find_layout(shapes, prefix=prefix, source_config=source.config)
     return Opened(source, layout, tensors, repository.traffic, (notice,))
 
 
@@ -286,7 +289,8 @@ def _open_ranged(
     for name, file in remote.items():
         headers[name], sizes[name] = read_remote_header(file, f"{name!r} of {repository.repo_id!r}")
     shapes = {tensor: spec.shape for specs in headers.values() for tensor, spec in specs.items()}
-    layout = find_layout(_names_elsewhere(weight_map) | shapes, prefix=prefix, source_config=source.config)
+    shapes = _all_shapes(weight_map, source.files, shapes)
+    layout = find_layout(shapes, prefix=prefix, source_config=source.config)
     wanted = set(layout.sources.values())
     per_file = {
         name: {tensor: spec for tensor, spec in specs.items() if tensor in wanted} for name, specs in headers.items()
@@ -301,9 +305,18 @@ def _open_ranged(
     return Opened(source, layout, tensors, repository.traffic)
 
 
-def _names_elsewhere(weight_map: dict[str, str]) -> dict[str, Shape]:
-    """The tensors of an index, shapes unknown: their names tell families apart."""
-    return dict.fromkeys(weight_map, ())
+def _all_shapes(weight_map: dict[str, str], files: Iterable[str], opened: dict[str, Shape]) -> dict[str, Shape]:
+    """
+    The shapes of the tensors in the files that were opened, and empty ones for those that an index names elsewhere:
+    their names tell families apart.
+
+    Raises:
+        ValueError: If an opened file lacks a tensor that the index names in it.
+    """
+    lacking = sorted(name for name, file in weight_map.items() if file in files and name not in opened)
+    if lacking:
+        raise ValueError(f"The index names {lacking[0]!r} in {weight_map[lacking[0]]!r}, which does not hold it.")
+    return {**dict.fromkeys(weight_map, ()), **opened}
 
 
 def _write_folder(opened: Opened, folder: Path, dtype: torch.dtype | None) -> Pulled:

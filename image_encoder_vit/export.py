@@ -1,0 +1,62 @@
+"""Writes the encoder's weights under another family's names, so that they go back into the model they came from."""
+
+from pathlib import Path
+
+from .checkpoint_files import LocalTensors, select_checkpoint
+from .checkpoint_layouts import export_names, find_layout
+from .configuration_image_encoder_vit import ImageEncoderViTConfig
+from .modeling_image_encoder_vit import ImageEncoderViTModel
+from .pull import write_weights
+
+
+def open_model_weights(model_dir: Path) -> LocalTensors:
+    """
+    The weights of a folder that `save_pretrained` or `pull` wrote.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    names = [path.name for path in model_dir.iterdir() if path.suffix == ".safetensors"]
+    select_checkpoint(names, "model.safetensors" if "model.safetensors" in names else None, repr(model_dir.name))
+    return LocalTensors.open([model_dir / "model.safetensors"])
+
+
+def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) -> dict[str, str]:
+    """
+    Writes the weights of a model folder to a safetensors file in another layout, "deepseek-ocr", "sam" or
+    "transformers" (see `checkpoint_layouts.export_names`), bit by bit the same; returns each published name's name in
+    the file. The file is complete or not there.
+
+    Raises:
+        ValueError: If the layout cannot hold this encoder, or the folder does not hold one.
+        FileExistsError: If the file exists.
+    """
+    output = Path(output_file)
+    if output.exists():
+        raise FileExistsError(f"{str(output)!r} exists already: remove it, or choose another name.")
+    config = ImageEncoderViTConfig.from_pretrained(Path(model_dir))
+    tensors = open_model_weights(Path(model_dir))
+    names = export_names(config, layout)
+    prefix = f"{ImageEncoderViTModel.base_model_prefix}."
+    missing = sorted(prefix + name for name in names if prefix + name not in tensors.shapes)
+    if missing:
+        raise ValueError(f"{str(model_dir)!r} lacks weights of its configuration: {', '.join(missing[:8])}.")
+    published = {theirs: ours for ours, theirs in names.items()}
+    dtypes = {tensors.dtype(prefix + name) for name in names}
+    if len(dtypes) != 1:
+        raise ValueError(f"The weights have several dtypes, {sorted(map(str, dtypes))}: save the model in one.")
+    partial = output.with_name(f".{output.name}.unfinished")
+    try:
+        write_weights(
+            partial,
+            {theirs: tensors.shapes[prefix + ours] for theirs, ours in published.items()},
+            lambda theirs: tensors.read(prefix + published[theirs]),
+            dtypes.pop(),
+        )
+        found = find_layout(LocalTensors.open([partial]).shapes, source_config=config.to_dict())
+        if found.sources != names:
+            raise AssertionError(f"the layout {layout!r} is not found again in what was written")
+        partial.rename(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return names
