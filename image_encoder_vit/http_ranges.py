@@ -120,6 +120,7 @@ class HubFile:
         The first bytes of the file, up to `wanted_bytes`, and the size of the whole file in bytes.
 
         Raises:
+            ValueError: If the file is empty.
             RangesUnsupported: If the server does not send ranges.
             OSError: As `read_whole`.
         """
@@ -201,6 +202,10 @@ class HubFile:
             status = response.status_code
             if status in TRANSIENT_STATUS:
                 raise _Failure(f"status {status}", retry_after_s(response.headers.get("Retry-After")))
+            if status == 416:
+                raise ValueError(
+                    f"{self._shown} is empty, or shorter than it says: it has no bytes where some must be."
+                )
             if status >= 400:
                 is_storage = urlsplit(str(response.url)).netloc != urlsplit(self.url).netloc
                 if is_storage and status in (400, 401, 403, 404, 410):
