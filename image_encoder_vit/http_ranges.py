@@ -112,7 +112,7 @@ class HubFile:
                         raise ValueError(f"{self._shown} is larger than the {max_bytes} bytes accepted.")
             return False
 
-        self._retry(attempt, finished=lambda made_progress: True)
+        self._retry(attempt, lambda: True)
         return bytes(body)
 
     def read_start(self, wanted_bytes: int) -> tuple[bytes, int]:
@@ -125,25 +125,29 @@ class HubFile:
             OSError: As `read_whole`.
         """
         body = bytearray()
-        total = [0]
+        known_total: int | None = None
+
+        def is_finished() -> bool:
+            return known_total is not None and len(body) == min(wanted_bytes, known_total)
 
         def attempt() -> bool:
-            body.clear()
-            with self._request({"Range": f"bytes=0-{wanted_bytes - 1}"}) as response:
-                first, last, total[0] = parse_content_range(response)
-                if first != 0 or last != min(wanted_bytes, total[0]) - 1:
-                    raise _Failure(f"asked for bytes 0-{wanted_bytes - 1}, got {first}-{last} of {total[0]}")
+            nonlocal known_total
+            start = len(body)
+            with self._request({"Range": f"bytes={start}-{wanted_bytes - 1}"}) as response:
+                first, last, total = parse_content_range(response)
+                if first != start or last != min(wanted_bytes, total) - 1 or known_total not in (None, total):
+                    raise _Failure(f"asked for bytes {start}-{wanted_bytes - 1}, got {first}-{last} of {total}")
+                known_total = total
                 for chunk in response.iter_raw():
                     self.traffic.add(body_bytes=len(chunk))
-                    body.extend(chunk)
-                    if len(body) > last + 1:
+                    if len(body) + len(chunk) > last + 1:
                         raise _Failure("the body is longer than its range")
-                if len(body) != last + 1:
-                    raise _Failure(f"the body ended after {len(body)} of {last + 1} bytes")
-            return False
+                    body.extend(chunk)
+            return is_finished() or len(body) - start >= MIN_PROGRESS_BYTES
 
-        self._retry(attempt, finished=lambda made_progress: True)
-        return bytes(body), total[0]
+        self._retry(attempt, is_finished)
+        assert known_total is not None
+        return bytes(body), known_total
 
     def read_range(
         self, start: int, end: int, total: int, write: Callable[[bytes], None], stop: Event | None = None
@@ -181,7 +185,7 @@ class HubFile:
                     raise _Failure(describe(error)) from None
             return position == end or position - attempt_start >= MIN_PROGRESS_BYTES
 
-        self._retry(attempt, finished=lambda made_progress: position == end, stop=stop)
+        self._retry(attempt, lambda: position == end, stop=stop)
 
     @property
     def _shown(self) -> str:
@@ -223,14 +227,14 @@ class HubFile:
             if served is not None and served != self.commit:
                 raise TransferError(f"{self._shown} was asked for at commit {self.commit}, but {served} is served.")
 
-    def _retry(self, attempt: Callable[[], bool], finished: Callable[[bool], bool], stop: Event | None = None) -> None:
-        """Repeats `attempt`, which returns whether it brought bytes that are kept, until `finished`."""
+    def _retry(self, attempt: Callable[[], bool], is_finished: Callable[[], bool], stop: Event | None = None) -> None:
+        """Repeats `attempt`, which returns whether it brought enough bytes that are kept, until `is_finished`."""
         failures = whole_bodies = 0
         while True:
             wish_s = None
             try:
                 made_progress = attempt()
-                if finished(made_progress):
+                if is_finished():
                     return
                 failures = 0 if made_progress else failures + 1
                 reason = "the connection was cut"

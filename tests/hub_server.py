@@ -78,7 +78,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it came, and how many bytes of body went out."""
+    """A request as it came, names of headers in lower case, and how many bytes of body went out."""
 
     origin: str
     method: str
@@ -238,9 +238,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.route()
             self.wfile.flush()
         finally:
-            request = Request(
-                self.origin, self.command, self.path, dict(self.headers.items()), self.status, self.sent_bytes
-            )
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            request = Request(self.origin, self.command, self.path, headers, self.status, self.sent_bytes)
             with self.hub.lock:
                 self.hub.requests.append(request)
 

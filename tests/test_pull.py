@@ -281,7 +281,7 @@ def test_the_script_needs_no_token_for_public_repositories(hub: HubServer, home:
     assert f"pull/public at commit {commit}: layout deepseek-ocr" in done.stdout
     assert re.search(r"Fetched [\d,]+ bytes in \d+ requests", done.stdout)
     assert "Encoder weights: 100%" in done.stderr
-    assert not any("Authorization" in request.headers for request in hub.requests)
+    assert not any("authorization" in request.headers for request in hub.requests)
 
 
 def test_the_scripts_errors_are_one_line_and_name_no_token(hub: HubServer, home: Path, tmp_path: Path) -> None:
