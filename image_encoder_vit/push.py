@@ -225,10 +225,13 @@ def check_remote_code(folder: Path) -> dict[str, str]:
     with torch.no_grad():
         features = model(pixel_values).last_hidden_state
     processed = processor(Image.fromarray(image.numpy()), return_tensors="pt")["pixel_values"]
+    if not torch.isfinite(features).all():
+        raise ValueError(f"{str(folder)!r} gives features that are not finite: its weights are damaged.")
     strangers = _run_check(folder, {"image": image, "pixel_values": pixel_values})
 
-    if strangers["features"].shape != features.shape or not torch.isfinite(features).all():
-        raise ValueError(f"{str(folder)!r}: the features are not finite, or differ in shape when loaded afresh.")
+    if strangers["features"].shape != features.shape:
+        shapes = f"{tuple(strangers['features'].shape)} instead of {tuple(features.shape)}"
+        raise ValueError(f"{str(folder)!r} gives features of shape {shapes} when it is loaded with its own code.")
     reference = features.double()
     difference = float((strangers["features"].double() - reference).norm() / reference.norm().clamp(min=1e-30))
     if difference > MAX_RELATIVE_DIFFERENCE.get(features.dtype, 0.0):

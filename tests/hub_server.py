@@ -149,6 +149,10 @@ class HubServer:
         self.blobs[blob.oid] = blob
         return blob
 
+    def forget(self, data: bytes) -> None:
+        """Lets clients upload this content again. Commits that hold it keep it."""
+        self.blobs.pop(hashlib.sha256(data).hexdigest(), None)
+
     def content(self, name: str, path: str, revision: str = "main") -> bytes:
         repository = self.repositories[name]
         return repository.commits[repository.resolve(revision) or ""][path].path.read_bytes()

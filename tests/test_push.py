@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import RECIPES, encoder_weights, folder_files, write_checkpoint
-from hub_client import Worker, client_environment, run_script
+from hub_client import Call, Worker, client_environment, run_script
 from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from huggingface_hub import metadata_load
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 from image_encoder_vit.export import export_weights
@@ -96,8 +98,6 @@ def test_pull_push_pull_is_byte_equal_and_the_card_works(
     # The usage of the card, run as a reader runs it: without this package, without a token.
     usage = card.split("```python\n")[1].split("```")[0].replace("page.png", str(tmp_path / "page.png"))
     page = torch.randint(0, 256, (90, 60, 3), dtype=torch.uint8)
-    from PIL import Image
-
     Image.fromarray(page.numpy()).save(tmp_path / "page.png")
     stranger = client_environment(hub.endpoint, tmp_path / "stranger", PYTHONPATH="")
     code = usage + "\nassert features.shape == (1, 20, 2, 2)\nassert 'image_encoder_vit' not in sys.modules"
@@ -130,14 +130,10 @@ def test_missing_and_read_only_tokens_give_one_clear_line(
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: Publishing needs a token with write permission")
-    done = run_script(
-        "push_to_hub.py", "model", "push/denied", environment=client_environment(hub.endpoint, home, READ_TOKEN),
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 2
-    lines = done.stderr.strip().splitlines()
-    assert lines[-1] == "error: the Hub refuses the token (403): use one with access to the repository"
-    assert "hf_x" not in done.stdout + done.stderr
+    outcome = worker.call("push_checked_before", model_dir=model_folder, repo_id="push/denied", token=READ_TOKEN)
+    assert outcome.error is not None
+    assert outcome.error[2] == "the Hub refuses the token (403): use one with access to the repository"
+    assert "hf_x" not in done.stdout + done.stderr + outcome.output
     assert "push/denied" not in hub.repositories
 
 
@@ -165,16 +161,12 @@ def remove_settings(folder: Path) -> None:
 
 
 def remove_a_weight(folder: Path) -> None:
-    from safetensors.torch import save_file
-
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.neck.0.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def poison_a_weight(folder: Path) -> None:
-    from safetensors.torch import save_file
-
     weights = load_file(folder / "model.safetensors")
     weights["encoder.neck.0.weight"][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -205,13 +197,15 @@ def test_what_does_not_work_for_strangers_is_refused(
 
 
 def test_branches_pull_requests_and_private_repositories(hub: HubServer, worker: Worker, model_folder: Path) -> None:
-    first = worker.call("push", model_dir=model_folder, repo_id="push/many", private=True, revision="next")
+    first = worker.call(
+        "push_checked_before", model_dir=model_folder, repo_id="push/many", private=True, revision="next"
+    )
     assert first.result is not None, first.output
     repository = hub.repositories["push/many"]
     assert repository.is_private
     assert set(hub.files("push/many", "next")) == PUBLISHED
     assert hub.files("push/many", "main") == []
-    second = worker.call("push", model_dir=model_folder, repo_id="push/many", create_pr=True)
+    second = worker.call("push_checked_before", model_dir=model_folder, repo_id="push/many", create_pr=True)
     assert second.result is not None, second.output
     assert set(hub.files("push/many", "refs/pr/1")) == PUBLISHED
     assert hub.files("push/many", "main") == []
@@ -219,8 +213,8 @@ def test_branches_pull_requests_and_private_repositories(hub: HubServer, worker:
 
 
 def test_pushing_again_changes_nothing(hub: HubServer, worker: Worker, model_folder: Path) -> None:
-    first = worker.call("push", model_dir=model_folder, repo_id="push/twice")
-    second = worker.call("push", model_dir=model_folder, repo_id="push/twice")
+    first = worker.call("push_checked_before", model_dir=model_folder, repo_id="push/twice")
+    second = worker.call("push_checked_before", model_dir=model_folder, repo_id="push/twice")
     assert first.result is not None
     assert second.result is not None, second.output
     assert second.result["commit"] == first.result["commit"]
@@ -231,7 +225,7 @@ def test_an_author_keeps_the_own_text_and_metadata(hub: HubServer, worker: Worke
     card = (model_folder / "README.md").read_text()
     card = card.replace("license: apache-2.0", "license: cc-by-4.0\nlanguage: de").replace("tags:\n", "tags:\n- mine\n")
     (model_folder / "README.md").write_text(card + "\n## My evaluation\n\nGood.\n")
-    outcome = worker.call("push", model_dir=model_folder, repo_id="push/own-text", dry_run=True)
+    outcome = worker.call("push_checked_before", model_dir=model_folder, repo_id="push/own-text", dry_run=True)
     assert outcome.result is not None, outcome.output
     pushed = outcome.result["card"]
     assert pushed.rstrip().endswith("## My evaluation\n\nGood.")
@@ -248,7 +242,7 @@ def test_a_model_saved_by_save_pretrained_can_be_pushed(hub: HubServer, worker: 
     model.load_state_dict(weights)
     model.save_pretrained(tmp_path / "model")
     ImageEncoderViTImageProcessorPil(size=128).save_pretrained(tmp_path / "model")
-    outcome = worker.call("push", model_dir=tmp_path / "model", repo_id="push/fine-tuned")
+    outcome = worker.call("push_checked_before", model_dir=tmp_path / "model", repo_id="push/fine-tuned")
     assert outcome.result is not None, outcome.output
     assert any("no license" in notice for notice in outcome.result["notices"])
     outcome = worker.call("pull", source="push/fine-tuned", output_dir=tmp_path / "again")
@@ -278,8 +272,8 @@ def test_export_goes_back_bit_by_bit(layout: str, kind: str, example: str, tmp_p
     assert example in exported
     assert exported.keys() == set(names.values())
     assert all(torch.equal(exported[names[name]], value) for name, value in weights.items())
-    if kind in ("deepseek-ocr", "sam-hf") and layout != "transformers" or kind == "sam-hf":
-        original = {}
+    if (layout, kind) in (("deepseek-ocr", "deepseek-ocr"), ("transformers", "sam-hf")):
+        original: dict[str, torch.Tensor] = {}
         for file in (tmp_path / "source").glob("*.safetensors"):
             original |= load_file(file)
         assert all(torch.equal(original[name], value) for name, value in exported.items())
@@ -303,7 +297,7 @@ def test_export_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
 def test_exports_can_be_pushed_and_written_by_the_script(
     hub: HubServer, worker: Worker, model_folder: Path, home: Path, tmp_path: Path
 ) -> None:
-    outcome = worker.call("push", model_dir=model_folder, repo_id="push/exported", layout="sam")
+    outcome = worker.call("push_checked_before", model_dir=model_folder, repo_id="push/exported", layout="sam")
     assert outcome.result is not None, outcome.output
     assert hub.files("push/exported") == ["README.md", "model.safetensors", "provenance.json"]
     assert "layout `sam`" in hub.content("push/exported", "README.md").decode()
@@ -335,46 +329,60 @@ def test_exports_can_be_pushed_and_written_by_the_script(
 def test_faults_of_the_hub_are_survived(
     fault: Fault, hub: HubServer, worker: Worker, model_folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    name = f"push/fault-{abs(hash(request.node.name))}"
+    name = "push/fault-" + re.sub(r"\W+", "-", request.node.name).strip("-")
+    hub.forget((model_folder / "model.safetensors").read_bytes())
     hub.faults[:] = [Fault(**vars(fault))]
-    outcome = worker.call("push", model_dir=model_folder, repo_id=name, retry=QUICK)
+    outcome = worker.call("push_checked_before", model_dir=model_folder, repo_id=name, retry=QUICK)
     assert outcome.result is not None, outcome.output
     assert hub.faults[0].count == 0
     assert set(hub.files(name)) == PUBLISHED
     assert len(commits(hub, name)) == 1
 
 
+class Killer:
+    """Kills a call when the server gets its request number `last`."""
+
+    def __init__(self, last: int, dice: random.Random) -> None:
+        self.last = last
+        self.dice = dice
+        self.seen = 0
+        self.call: Call | None = None
+
+    def __call__(self, origin: str, method: str, target: str) -> None:
+        self.seen += 1
+        if self.seen == self.last and self.call is not None:
+            self.call.kill()
+        elif self.seen == self.last - 1 and self.call is not None and self.dice.random() < 0.5:
+            # Or somewhat earlier: while this request is answered.
+            time.sleep(0.005 * self.dice.random())
+
+
 def test_kill_9_mid_push_leaves_nothing_or_a_whole_commit(hub: HubServer, worker: Worker, model_folder: Path) -> None:
-    """Killed before each of the first requests in turn: the branch is empty or complete; the next push finishes."""
+    """Killed at each of its requests in turn, twice: the branch is empty or complete, and the next push finishes."""
     dice = random.Random(4)
-    for number in range(1, 13):
+    weights = (model_folder / "model.safetensors").read_bytes()
+    killed = 0
+    for number in range(1, 27):
         name = f"push/killed-{number}"
-        seen = 0
-        call = None
-
-        def kill(origin: str, method: str, target: str, last: int = number) -> None:
-            nonlocal seen
-            seen += 1
-            if seen == last and call is not None:
-                time.sleep(0.01 * dice.random())
-                call.kill()
-
-        hub.before_request = kill
-        call = worker.start("push", model_dir=model_folder, repo_id=name, retry=QUICK)
-        call.wait()
+        hub.forget(weights)
+        killer = Killer(1 + number // 2, dice)
+        hub.before_request = killer
+        killer.call = worker.start("push_checked_before", model_dir=model_folder, repo_id=name, retry=QUICK)
+        killed += killer.call.wait().killed_by == 9
         hub.before_request = None
         if name in hub.repositories:
             assert set(hub.files(name)) in (set(), PUBLISHED)
-        outcome = worker.call("push", model_dir=model_folder, repo_id=name, retry=QUICK)
+        outcome = worker.call("push_checked_before", model_dir=model_folder, repo_id=name, retry=QUICK)
         assert outcome.result is not None, outcome.output
         assert set(hub.files(name)) == PUBLISHED
         assert len(commits(hub, name)) == 1
-        assert hub.content(name, "model.safetensors") == (model_folder / "model.safetensors").read_bytes()
+        assert hub.content(name, "model.safetensors") == weights
         assert hub.repositories[name].refs[outcome.result["revision"]] == outcome.result["commit"]
+    assert killed >= 12
 
 
 def test_the_token_of_a_push_is_nowhere(hub: HubServer, worker: Worker, model_folder: Path) -> None:
-    outcome = worker.call("push", model_dir=model_folder, repo_id="push/secret")
+    outcome = worker.call("push_checked_before", model_dir=model_folder, repo_id="push/secret")
     assert outcome.result is not None
     assert WRITE_TOKEN not in outcome.output + json.dumps(outcome.result)
     for name in hub.files("push/secret"):
