@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, nextafter
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -52,6 +54,18 @@ PUBLISHED_NAMES: dict[str, str] = {}
 GOT_TOWER = "vision_tower."
 GOT_PROJECTOR = "multi_modal_projector."
 GOT_DOWNSAMPLING = {"net_2.weight": "conv_upsampler1.weight", "net_3.weight": "conv_upsampler2.weight"}
+
+# What a source's config.json may say about its encoder.
+HINTED_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "window_size",
+    "output_channels",
+)
+HINTED_LISTS = ("global_attn_indexes", "downsample_channels")
 
 ANCHORS = ("patch_embed.proj.weight", "patch_embed.projection.weight")
 # A name below one of these belongs to the encoder's own path, so one that we do not know means another architecture.
@@ -357,7 +371,7 @@ def infer_config(shapes: Mapping[str, Shape], hints: Mapping[str, Any], notices:
     grid = _grid_size(shapes, hints, patch_size)
     window_size, global_attn_indexes = _attention_pattern(shapes, depth, grid, hints, notices)
     mlp_size = shapes["blocks.0.mlp.lin1.weight"][0]
-    return ImageEncoderViTConfig(
+    return build_config(
         hidden_size=hidden_size,
         num_hidden_layers=depth,
         num_attention_heads=_num_heads(shapes, hidden_size, hints, notices),
@@ -373,6 +387,33 @@ def infer_config(shapes: Mapping[str, Shape], hints: Mapping[str, Any], notices:
         use_abs_pos="pos_embed" in shapes,
         use_rel_pos="blocks.0.attn.rel_pos_h" in shapes,
     )
+
+
+def build_config(**fields: Any) -> ImageEncoderViTConfig:
+    """
+    A configuration of these fields.
+
+    Raises:
+        ValueError: If they make no encoder; what huggingface_hub's strict dataclasses raise is none.
+    """
+    try:
+        return ImageEncoderViTConfig(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error).strip().splitlines()[-1].strip()) from None
+
+
+def read_config(folder: Path) -> ImageEncoderViTConfig:
+    """
+    The configuration of a folder that `save_pretrained` wrote.
+
+    Raises:
+        ValueError: As `build_config`.
+        OSError: If there is no config.json that can be read.
+    """
+    try:
+        return cast(ImageEncoderViTConfig, ImageEncoderViTConfig.from_pretrained(folder))
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json: {str(error.__cause__ or error).strip().splitlines()[-1].strip()}") from None
 
 
 def _grid_size(shapes: Mapping[str, Shape], hints: Mapping[str, Any], patch_size: int) -> int:
@@ -488,14 +529,17 @@ def config_hints(source_config: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint's config.json says about its encoder, under the names of `ImageEncoderViTConfig`."""
     aliases = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
     aliases |= ImageEncoderViTConfig.attribute_map
-    kinds: dict[str, type | tuple[type, ...]] = dict.fromkeys(
-        ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "window_size"), int
-    )
-    kinds |= {"output_channels": int, "global_attn_indexes": list, "downsample_channels": list}
     for section in _encoder_sections(source_config):
         named = {aliases.get(key, key): value for key, value in section.items()}
-        return {key: named[key] for key, kind in kinds.items() if isinstance(named.get(key), kind)}
+        hints = {name: named[name] for name in HINTED_SIZES if _is_size(named.get(name))}
+        lists = {name: named[name] for name in HINTED_LISTS if isinstance(named.get(name), list)}
+        return hints | {name: sizes for name, sizes in lists.items() if all(map(_is_size, sizes))}
     return {}
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value of a stranger's JSON can be a size or an index."""
+    return type(value) is int and 0 <= value < 1 << 20
 
 
 def _encoder_sections(source_config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

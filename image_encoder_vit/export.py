@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from .checkpoint_files import LocalTensors, select_checkpoint
-from .checkpoint_layouts import export_names, find_layout
-from .configuration_image_encoder_vit import ImageEncoderViTConfig
+from .checkpoint_layouts import export_names, find_layout, read_config
 from .modeling_image_encoder_vit import ImageEncoderViTModel
 from .pull import write_weights
 
@@ -34,7 +33,7 @@ def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) 
     output = Path(output_file)
     if output.exists():
         raise FileExistsError(f"{str(output)!r} exists already: remove it, or choose another name.")
-    config = ImageEncoderViTConfig.from_pretrained(Path(model_dir))
+    config = read_config(Path(model_dir))
     tensors = open_model_weights(Path(model_dir))
     names = export_names(config, layout)
     prefix = f"{ImageEncoderViTModel.base_model_prefix}."

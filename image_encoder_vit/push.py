@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .checkpoint_layouts import EXPORT_LAYOUTS
-from .configuration_image_encoder_vit import ImageEncoderViTConfig
+from .checkpoint_files import parse_config
+from .checkpoint_layouts import EXPORT_LAYOUTS, read_config
 from .export import export_weights
 from .http_ranges import RetryPolicy
 from .hub_repository import LIBRARY_NAME, with_retries
@@ -178,11 +178,11 @@ def collect_files(folder: Path) -> list[File]:
         )
     code: set[str] = set()
     for name in ("config.json", "preprocessor_config.json"):
-        auto_map = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map", {})
-        for entry in auto_map.values():
+        auto_map = parse_config((folder / name).read_bytes()).get("auto_map", {})
+        for entry in auto_map.values() if isinstance(auto_map, dict) else ():
             for reference in entry if isinstance(entry, list) else [entry]:
                 module = folder / f"{str(reference).split('.')[0]}.py"
-                if not module.is_file():
+                if not module.is_file() or module.parent != folder:
                     raise ValueError(f"{name} names the code {module.name}, which is not in {str(folder)!r}.")
                 code |= {module.name, *(Path(path).name for path in get_relative_import_files(module))}
     if not code:
@@ -193,7 +193,7 @@ def collect_files(folder: Path) -> list[File]:
 
 def measure(folder: Path) -> dict[str, str]:
     """Figures of the model for its card."""
-    config = ImageEncoderViTConfig.from_pretrained(folder)
+    config = read_config(folder)
     with torch.device("meta"):
         model = ImageEncoderViTModel(config)
     weight_bytes = (folder / WEIGHTS_FILE).stat().st_size
@@ -275,7 +275,7 @@ def _card(folder: Path, repo_id: str, tag: str, layout: str | None, measurements
     provenance = read_provenance(folder)
     path = folder / CARD_FILE
     existing = path.read_text(encoding="utf-8") if path.is_file() else ""
-    config = ImageEncoderViTConfig.from_pretrained(folder)
+    config = read_config(folder)
     usage = usage_from(repo_id, tag) if layout is None else _export_usage(repo_id, tag, layout)
     generated = describe_model(config, provenance, usage=usage, measurements=measurements)
     return build_card(existing, build_metadata(read_metadata(path), provenance, "transformers"), generated)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from checkpoints import RECIPES, encoder_weights, laid_out
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from image_encoder_vit import ImageEncoderViTConfig
 from image_encoder_vit.checkpoint_layouts import (
@@ -12,6 +14,7 @@ from image_encoder_vit.checkpoint_layouts import (
     find_layout,
 )
 
+HINT_KEYS = ("window_size", "global_attn_indexes", "downsample_channels", "image_size", "width", "heads", "model_type")
 ARCHITECTURE = (
     "hidden_size",
     "num_hidden_layers",
@@ -129,6 +132,28 @@ def test_windows_as_large_as_the_grid_ask_config_json_and_tell() -> None:
     unhinted = find_layout(shapes)
     assert unhinted.config.global_attn_indexes == [0, 1, 2, 3]
     assert "usual spacing" in unhinted.notices[0]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(HINT_KEYS), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    said=st.fixed_dictionaries({"global_attn_indexes": json_values}, optional=dict.fromkeys(HINT_KEYS, json_values))
+)
+def test_any_config_json_is_a_hint_or_refused(said: dict[str, object]) -> None:
+    """Also where the tensors leave the choice to it; nothing but a ValueError may come out."""
+    shapes = under("encoder.", small_config(window_size=8))
+    for source_config in (said, {"vision_config": said}):
+        try:
+            layout = find_layout(shapes, source_config=source_config)
+        except ValueError:
+            continue
+        assert layout.config.hidden_size == 32
 
 
 def test_encoders_without_relative_positions_or_biases() -> None:

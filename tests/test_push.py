@@ -152,6 +152,11 @@ def break_code(folder: Path) -> None:
     path.write_text(path.read_text() + "\nimport a_module_that_nobody_has\n")
 
 
+def break_settings(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"window_size": -1}))
+
+
 def remove_code(folder: Path) -> None:
     (folder / "image_processing_image_encoder_vit.py").unlink()
 
@@ -178,6 +183,7 @@ def poison_a_weight(folder: Path) -> None:
         (change_code, "gives other features"),
         (change_preprocessing_code, "prepares images in another way"),
         (break_code, "a_module_that_nobody_has"),
+        (break_settings, "window_size must be at least 1, got -1"),
         (remove_code, "names the code image_processing_image_encoder_vit.py, which is not in"),
         (remove_settings, "preprocessor_config.json missing"),
         (remove_a_weight, "cannot be loaded"),
@@ -382,6 +388,7 @@ def test_kill_9_mid_push_leaves_nothing_or_a_whole_commit(hub: HubServer, worker
 
 
 def test_the_token_of_a_push_is_nowhere(hub: HubServer, worker: Worker, model_folder: Path) -> None:
+    hub.forget((model_folder / "model.safetensors").read_bytes())
     outcome = worker.call("push_checked_before", model_dir=model_folder, repo_id="push/secret")
     assert outcome.result is not None
     assert WRITE_TOKEN not in outcome.output + json.dumps(outcome.result)
