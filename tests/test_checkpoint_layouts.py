@@ -14,7 +14,7 @@ from image_encoder_vit.checkpoint_layouts import (
     find_layout,
 )
 
-HINT_KEYS = ("window_size", "global_attn_indexes", "downsample_channels", "image_size", "width", "heads", "model_type")
+HINT_KEYS = ("window_size", "downsample_channels", "image_size", "width", "heads", "model_type")
 ARCHITECTURE = (
     "hidden_size",
     "num_hidden_layers",
@@ -142,9 +142,7 @@ json_values = st.recursive(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    said=st.fixed_dictionaries({"global_attn_indexes": json_values}, optional=dict.fromkeys(HINT_KEYS, json_values))
-)
+@given(said=st.fixed_dictionaries({"global_attn_indexes": json_values}, optional=dict.fromkeys(HINT_KEYS, json_values)))
 def test_any_config_json_is_a_hint_or_refused(said: dict[str, object]) -> None:
     """Also where the tensors leave the choice to it; nothing but a ValueError may come out."""
     shapes = under("encoder.", small_config(window_size=8))
