@@ -93,8 +93,8 @@ def describe_model(
     sections = [
         "# SAM ViT image encoder\n\n"
         f"A page of {config.image_size} x {config.image_size} px becomes a feature map of {channels} channels on a "
-        f"grid of {cells} x {cells}, {cells * cells} tokens; other sizes work, one cell for {stride_px} x {stride_px} "
-        f"px. {config.num_hidden_layers} blocks of width {config.hidden_size}, global attention in blocks "
+        f"grid of {cells} x {cells}, {cells * cells} tokens; other sizes work, a cell stands for {stride_px} x "
+        f"{stride_px} px. {config.num_hidden_layers} blocks of width {config.hidden_size}, global attention in blocks "
         f"{', '.join(map(str, config.global_attn_indexes)) or 'none'}.",
         f"## Usage\n\n{usage}",
         _describe_source(provenance),

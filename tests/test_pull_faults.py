@@ -366,11 +366,13 @@ def write_sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], re
         file.truncate(position)
 
 
-@pytest.fixture(scope="module")
-def two_gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, bytes | Path], dict[str, Any]]]:
+@pytest.fixture(scope="module", params=["single file", "sharded"])
+def two_gigabytes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[dict[str, bytes | Path], dict[str, Any]]]:
     """
-    A checkpoint of 1,950 MB in names: an encoder of some 60 MB among language model weights, in an unusual file name
-    with an index, as DeepSeek-OCR has it.
+    A checkpoint of 1,950 MB in names: an encoder of some 60 MB among language model weights, in one file of an unusual
+    name with an index, as DeepSeek-OCR has it, or in four files of which two hold a part of the encoder each.
     """
     folder = tmp_path_factory.mktemp("sparse")
     _, weights = encoder_weights(
@@ -378,17 +380,23 @@ def two_gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[di
         window_size=14, downsample_channels=[512, 1024], dtype=torch.bfloat16,
     )  # fmt: skip
     real = {f"model.sam_model.{name}": value for name, value in weights.items()}
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {n: ("BF16", tuple(v.shape)) for n, v in real.items()}
-    for layer in range(900):
-        tensors[f"model.layers.{layer}.mlp.experts.0.down_proj.weight"] = ("BF16", (1024, 1024))
-    write_sparse(folder / "model-00001-of-000001.safetensors", tensors, real)
-    index = json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-000001.safetensors")})
-    files: dict[str, bytes | Path] = {
-        "model-00001-of-000001.safetensors": folder / "model-00001-of-000001.safetensors",
-        "model.safetensors.index.json": index.encode(),
-    }
+    files: dict[str, bytes | Path] = {}
+    weight_map = {}
+    shards = 1 if request.param == "single file" else 4
+    for shard in range(shards):
+        name = f"model-{shard + 1:05d}-of-{shards:06d}.safetensors"
+        held = dict(list(real.items())[shard % 2 :: 2]) if shards > 1 else real
+        held = {} if shard >= 2 else held
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {n: ("BF16", tuple(v.shape)) for n, v in held.items()}
+        for layer in range(shard, 900, shards):
+            tensors[f"model.layers.{layer}.mlp.experts.0.down_proj.weight"] = ("BF16", (1024, 1024))
+        write_sparse(folder / name, tensors, held)
+        files[name] = folder / name
+        weight_map.update(dict.fromkeys(tensors, name))
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
     yield files, weights
-    (folder / "model-00001-of-000001.safetensors").unlink()
+    for file in folder.iterdir():
+        file.unlink()
 
 
 def test_bytes_moved_and_memory_of_two_gigabytes(
@@ -398,9 +406,9 @@ def test_bytes_moved_and_memory_of_two_gigabytes(
     tmp_path: Path,
 ) -> None:
     files, weights = two_gigabytes
+    hub.repositories.pop("faults/two-gigabytes", None)
     hub.add_repository("faults/two-gigabytes", files)
-    checkpoint_bytes = Path(str(files["model-00001-of-000001.safetensors"])).stat().st_size
-    assert checkpoint_bytes > 1_900_000_000
+    assert sum(file.stat().st_size for file in files.values() if isinstance(file, Path)) > 1_900_000_000
     wanted_bytes = sum(value.nbytes for value in weights.values())
     assert wanted_bytes > WANTED_BYTES_FLOOR
     baseline = worker.call("nothing")
