@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .checkpoint_layouts import Shape
-from .safetensors_format import TensorSpec, _no_duplicates, read_header
+from .safetensors_format import TensorSpec, no_duplicates, read_header
 
 MAX_INDEX_BYTES = 16 << 20
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
@@ -197,7 +197,7 @@ def parse_index(content: bytes, names: Iterable[str], index: str) -> dict[str, s
         ValueError: If the index is damaged, or names a file that does not exist.
     """
     try:
-        weight_map: Any = json.loads(content.decode("utf-8"), object_pairs_hook=_no_duplicates)["weight_map"]
+        weight_map: Any = json.loads(content.decode("utf-8"), object_pairs_hook=no_duplicates)["weight_map"]
         files = set(weight_map.values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"The index {index!r} cannot be read: {type(error).__name__}: {str(error)[:200]}") from None

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from .checkpoint_files import LocalTensors, select_checkpoint
 from .checkpoint_layouts import export_names, find_layout, read_config
-from .modeling_image_encoder_vit import ImageEncoderViTModel
-from .pull import write_weights
+from .model_folder import OWN_PREFIX, WEIGHTS_FILE, write_weights
 
 
 def open_model_weights(model_dir: Path) -> LocalTensors:
@@ -16,8 +15,8 @@ def open_model_weights(model_dir: Path) -> LocalTensors:
         ValueError: If it has none.
     """
     names = [path.name for path in model_dir.iterdir() if path.suffix == ".safetensors"]
-    select_checkpoint(names, "model.safetensors" if "model.safetensors" in names else None, repr(model_dir.name))
-    return LocalTensors.open([model_dir / "model.safetensors"])
+    select_checkpoint(names, WEIGHTS_FILE, repr(model_dir.name))
+    return LocalTensors.open([model_dir / WEIGHTS_FILE])
 
 
 def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) -> dict[str, str]:
@@ -36,20 +35,19 @@ def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) 
     config = read_config(Path(model_dir))
     tensors = open_model_weights(Path(model_dir))
     names = export_names(config, layout)
-    prefix = f"{ImageEncoderViTModel.base_model_prefix}."
-    missing = sorted(prefix + name for name in names if prefix + name not in tensors.shapes)
+    missing = sorted(OWN_PREFIX + name for name in names if OWN_PREFIX + name not in tensors.shapes)
     if missing:
         raise ValueError(f"{str(model_dir)!r} lacks weights of its configuration: {', '.join(missing[:8])}.")
     published = {theirs: ours for ours, theirs in names.items()}
-    dtypes = {tensors.dtype(prefix + name) for name in names}
+    dtypes = {tensors.dtype(OWN_PREFIX + name) for name in names}
     if len(dtypes) != 1:
         raise ValueError(f"The weights have several dtypes, {sorted(map(str, dtypes))}: save the model in one.")
     partial = output.with_name(f".{output.name}.unfinished")
     try:
         write_weights(
             partial,
-            {theirs: tensors.shapes[prefix + ours] for theirs, ours in published.items()},
-            lambda theirs: tensors.read(prefix + published[theirs]),
+            {theirs: tensors.shapes[OWN_PREFIX + ours] for theirs, ours in published.items()},
+            lambda theirs: tensors.read(OWN_PREFIX + published[theirs]),
             dtypes.pop(),
         )
         found = find_layout(LocalTensors.open([partial]).shapes, source_config=config.to_dict())

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, errors, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from transformers.utils import logging
@@ -118,8 +118,6 @@ def with_retries(call: Callable[[], Result], retry: RetryPolicy) -> Result:
 
 def one_line(error: BaseException) -> str:
     """The message for a user of the scripts: the first line with what the Hub's own errors mean, no signed address."""
-    from huggingface_hub import errors
-
     meanings: list[tuple[type[Exception], str]] = [
         (errors.GatedRepoError, "the repository is gated: accept its terms on the Hub, and log in or set HF_TOKEN"),
         (

@@ -37,11 +37,11 @@ from .model_card import (
     read_provenance,
     usage_from,
 )
+from .model_folder import WEIGHTS_FILE
 from .modeling_image_encoder_vit import ImageEncoderViTModel
 
 logger = logging.get_logger(__name__)
 
-WEIGHTS_FILE = "model.safetensors"
 REQUIRED_FILES = ("config.json", WEIGHTS_FILE, "preprocessor_config.json")
 OPTIONAL_FILES = (PROVENANCE_FILE, "LICENSE", "NOTICE")
 CHECK_SECONDS = 900

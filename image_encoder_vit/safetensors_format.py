@@ -81,7 +81,7 @@ def parse_header(header: bytes, file_bytes: int, where: str) -> dict[str, Tensor
             it was read and what is wrong.
     """
     try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=_no_constants)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The header of {where} cannot be read: {str(error)[:200]}") from None
     if not isinstance(entries, dict):
@@ -136,7 +136,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object whose names all differ. Raises a ValueError for others, naming one."""
     unique = dict(pairs)
     if len(unique) != len(pairs):
         seen: set[str] = set()
