@@ -116,11 +116,12 @@ class Staging:
         self._lock = Lock()
         plan = folder / "plan.json"
         content = json.dumps({"identity": identity, "chunks": chunks})
-        if not plan.exists() or plan.read_text(encoding="utf-8") != content:
+        if not plan.exists() or plan.read_text(encoding="utf-8", errors="replace") != content:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            self.weights.touch()
             plan.write_text(content, encoding="utf-8")
+        # A kill may have hit the removal of the folder after the weights were gone, and before the plan was.
+        self.weights.touch()
 
     def missing(self) -> list[Chunk]:
         """The chunks that are still to be fetched."""

@@ -137,19 +137,27 @@ def test_missing_and_read_only_tokens_give_one_clear_line(
     assert "push/denied" not in hub.repositories
 
 
+def append(path: Path, code: str) -> None:
+    path.write_text(path.read_text() + code)
+
+
 def change_code(folder: Path) -> None:
-    path = folder / "modeling_image_encoder_vit.py"
-    path.write_text(path.read_text().replace("hidden + self.mlp(", "hidden - self.mlp("))
+    append(
+        folder / "modeling_image_encoder_vit.py",
+        "\nhonest = ImageEncoderViT.forward"
+        "\nImageEncoderViT.forward = lambda self, *args, **kwargs: 1.01 * honest(self, *args, **kwargs)\n",
+    )
 
 
 def change_preprocessing_code(folder: Path) -> None:
-    path = folder / "image_processing_image_encoder_vit.py"
-    path.write_text(path.read_text().replace("values = np.arange(256", "values = 255 - np.arange(256"))
+    append(
+        folder / "image_processing_image_encoder_vit.py",
+        "\nhonest = to_rgb\nto_rgb = lambda *args, **kwargs: honest(*args, **kwargs).rotate(180)\n",
+    )
 
 
 def break_code(folder: Path) -> None:
-    path = folder / "attention_image_encoder_vit.py"
-    path.write_text(path.read_text() + "\nimport a_module_that_nobody_has\n")
+    append(folder / "attention_image_encoder_vit.py", "\nimport a_module_that_nobody_has\n")
 
 
 def break_settings(folder: Path) -> None:

@@ -309,6 +309,25 @@ def test_staging_trusts_only_chunks_whose_bytes_are_there(tmp_path: Path) -> Non
     assert Staging(tmp_path / "staging", "two", chunks).missing() == chunks
 
 
+@pytest.mark.parametrize("left", [(), ("weights.part",), ("plan.json",), ("chunks.jsonl",), ("plan.json", "chunks.jsonl"),
+                                  ("plan.json", "weights.part"), ("weights.part", "chunks.jsonl")])  # fmt: skip
+def test_staging_goes_on_from_whatever_a_kill_has_left_of_it(left: tuple[str, ...], tmp_path: Path) -> None:
+    """As when the removal of a finished folder was killed half way, in any order of its files."""
+    chunks, _ = plan_download({"file": {"a": TensorSpec("U8", (30,), 0, 30)}}, 10)
+    folder = tmp_path / "staging"
+    staging = Staging(folder, "one", chunks)
+    staging.weights.write_bytes(bytes(30))
+    digest = hashlib.sha256(bytes(10)).hexdigest()
+    lines = [json.dumps({"offset": chunk.offset, "sha256": digest}) for chunk in chunks]
+    (folder / "chunks.jsonl").write_text("\n".join(lines))
+    for path in list(folder.iterdir()):
+        if path.name not in left:
+            path.unlink()
+    assert Staging(folder, "one", chunks).missing() == chunks
+    (folder / "plan.json").write_bytes(b"\xff\xfe torn")
+    assert Staging(folder, "one", chunks).missing() == chunks
+
+
 def test_our_parser_is_no_laxer_than_the_reference(tmp_path: Path) -> None:
     """Every hostile file that safetensors itself refuses, we refuse; some more, by name."""
     refused = 0
