@@ -309,8 +309,11 @@ def test_staging_trusts_only_chunks_whose_bytes_are_there(tmp_path: Path) -> Non
     assert Staging(tmp_path / "staging", "two", chunks).missing() == chunks
 
 
-@pytest.mark.parametrize("left", [(), ("weights.part",), ("plan.json",), ("chunks.jsonl",), ("plan.json", "chunks.jsonl"),
-                                  ("plan.json", "weights.part"), ("weights.part", "chunks.jsonl")])  # fmt: skip
+LEFT_OVER = [(), ("weights.part",), ("plan.json",), ("chunks.jsonl",), ("plan.json", "chunks.jsonl")]
+LEFT_OVER += [("plan.json", "weights.part"), ("weights.part", "chunks.jsonl")]
+
+
+@pytest.mark.parametrize("left", LEFT_OVER)
 def test_staging_goes_on_from_whatever_a_kill_has_left_of_it(left: tuple[str, ...], tmp_path: Path) -> None:
     """As when the removal of a finished folder was killed half way, in any order of its files."""
     chunks, _ = plan_download({"file": {"a": TensorSpec("U8", (30,), 0, 30)}}, 10)
