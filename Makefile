@@ -14,7 +14,7 @@ encode: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
 
-# The encoder beside transformers' own, at 1024 x 1024 px; about three minutes on 2 cores.
+# The encoder beside transformers' own, at 1024 x 1024 px; under five minutes on 2 cores.
 benchmark: $(VENV)/.installed
 	$(VENV)/bin/python scripts/benchmark.py
 

@@ -128,7 +128,8 @@ def cpu_inference_attention(
     buffer = query.new_empty(min(QUERIES_PER_CHUNK, queries), height, width)
     for image in range(batch):
         for head in range(heads):
-            q, k, v = query[image, head], key[image, head], value[image, head]  # (Q, D), (K, D), (K, D)
+            # (Q, D), (K, D) and (K, D); read many times each, so rows that lie together repay the copy.
+            q, k, v = (part[image, head].contiguous() for part in (query, key, value))
             by_row = q.unflatten(0, grid)  # (H, W, D)
             rel_h = (by_row @ table_h).flatten(0, 1)  # (Q, H)
             rel_w = (by_row.transpose(0, 1) @ table_w).transpose(0, 1).flatten(0, 1)  # (Q, W)

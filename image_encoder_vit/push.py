@@ -216,11 +216,12 @@ def check_remote_code(folder: Path) -> dict[str, str]:
         model = ImageEncoderViTModel.from_pretrained(folder).eval()
         processor = ImageEncoderViTImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{str(folder)!r} cannot be loaded: {' '.join(str(error).splitlines())}") from None
     generator = torch.Generator().manual_seed(0)
     # A window and a bit on each side, and not square: padding, windows and resized positions all take part.
     patch, window = model.config.patch_size, model.config.window_size
-    pixel_values = torch.rand(1, model.config.num_channels, patch * (window + 1), patch * (window + 3)) * 2 - 1
+    sides_px = patch * (window + 1), patch * (window + 3)
+    pixel_values = torch.rand(1, model.config.num_channels, *sides_px, generator=generator) * 2 - 1
     image = torch.randint(0, 256, (*PROBE_IMAGE_PX, 3), dtype=torch.uint8, generator=generator)
     with torch.no_grad():
         features = model(pixel_values).last_hidden_state
