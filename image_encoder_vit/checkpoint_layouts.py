@@ -27,7 +27,7 @@ from transformers.image_utils import (
 )
 
 from .configuration_image_encoder_vit import ImageEncoderViTConfig
-from .modeling_image_encoder_vit import ImageEncoderViT
+from .modeling_image_encoder_vit import encoder_of
 
 Shape = tuple[int, ...]
 MAX_NAMES_SHOWN = 8
@@ -486,22 +486,7 @@ def _downsample_channels(shapes: Mapping[str, Shape]) -> list[int]:
 def expected_shapes(config: ImageEncoderViTConfig) -> dict[str, Shape]:
     """Published name to shape of every weight of an encoder, without allocating any."""
     with torch.device("meta"):
-        encoder = ImageEncoderViT(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            in_chans=config.num_channels,
-            embed_dim=config.hidden_size,
-            depth=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            mlp_ratio=config.mlp_ratio,
-            out_chans=config.output_channels,
-            global_attn_indexes=config.global_attn_indexes,
-            window_size=config.window_size,
-            qkv_bias=config.qkv_bias,
-            use_abs_pos=config.use_abs_pos,
-            use_rel_pos=config.use_rel_pos,
-            downsample_channels=config.downsample_channels,
-        )
+        encoder = encoder_of(config)
     return {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
 
 

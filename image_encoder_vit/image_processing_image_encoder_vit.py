@@ -173,11 +173,7 @@ class ImageEncoderViTImageProcessorPil(ImageEncoderViTViews, PilBackend):
     ) -> BatchFeature:
         original_sizes = [(image.height, image.width) for image in images]
         placements = [self._place(original, settings) for original in original_sizes]
-        values = value_table(
-            rescale_factor if do_rescale else None,
-            image_mean if do_normalize else None,
-            image_std if do_normalize else None,
-        )
+        values = value_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         batch = Batch(placements, values, padding_color, stack=return_tensors is not None)
         for index, (image, placement) in enumerate(zip(images, placements, strict=True)):
             resized_height, resized_width = placement.resized
@@ -229,11 +225,7 @@ class ImageEncoderViTImageProcessor(ImageEncoderViTViews, TorchvisionBackend):
     ) -> BatchFeature:
         original_sizes = [(image.shape[1], image.shape[2]) for image in images]
         placements = [self._place(original, settings) for original in original_sizes]
-        values = value_table(
-            rescale_factor if do_rescale else None,
-            image_mean if do_normalize else None,
-            image_std if do_normalize else None,
-        )
+        values = value_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         padding = torch.from_numpy(padding_values(padding_color, values))
         canvases = []
         for image, original, placement in zip(images, original_sizes, placements, strict=True):
@@ -359,20 +351,22 @@ def canvas_size(size: SizeDict) -> Size:
 
 
 def value_table(
-    rescale_factor: float | None,
-    image_mean: float | Sequence[float] | None,
-    image_std: float | Sequence[float] | None,
+    do_rescale: bool,
+    rescale_factor: float,
+    do_normalize: bool,
+    image_mean: float | Sequence[float],
+    image_std: float | Sequence[float],
 ) -> np.ndarray:
     """
     What each of the 256 values of a channel becomes: (3, 256), float32, computed in float32 and in the order that
     torchvision's ToTensor and Normalize use, so that the results are theirs to the last bit.
     """
     values = np.arange(256, dtype=np.float32)
-    if rescale_factor is not None:
+    if do_rescale:
         # 1/255 is no binary fraction: x * (1/255) and x / 255 differ in the last bit for some x.
         values = values / np.float32(1.0 / rescale_factor)
     table = np.repeat(values[None], 3, axis=0)
-    if image_mean is not None and image_std is not None:
+    if do_normalize:
         mean, std = (np.broadcast_to(np.asarray(v, dtype=np.float32), (3,))[:, None] for v in (image_mean, image_std))
         table = (table - mean) / std
     return table
@@ -387,7 +381,8 @@ def padding_values(padding_color: Sequence[int] | str, values: np.ndarray) -> np
 
 def open_image(source: str | os.PathLike[str]) -> Image.Image:
     """
-    Opens an image file, or a URL or base64 string as transformers does, completely decoded.
+    Opens an image file, or a URL or base64 string as transformers does, completely decoded; of a file with several
+    pages, the first.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -298,6 +298,26 @@ class ImageEncoderViT(nn.Module):
         return features
 
 
+def encoder_of(config: ImageEncoderViTConfig) -> ImageEncoderViT:
+    """The plain encoder that a configuration describes."""
+    return ImageEncoderViT(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.num_channels,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.mlp_ratio,
+        out_chans=config.output_channels,
+        global_attn_indexes=config.global_attn_indexes,
+        window_size=config.window_size,
+        qkv_bias=config.qkv_bias,
+        use_abs_pos=config.use_abs_pos,
+        use_rel_pos=config.use_rel_pos,
+        downsample_channels=config.downsample_channels,
+    )
+
+
 @dataclass
 class ImageEncoderViTModelOutput(ModelOutput):
     """
@@ -344,22 +364,7 @@ class ImageEncoderViTModel(PreTrainedModel):
 
     def __init__(self, config: ImageEncoderViTConfig) -> None:
         super().__init__(config)
-        self.encoder = ImageEncoderViT(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            in_chans=config.num_channels,
-            embed_dim=config.hidden_size,
-            depth=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            mlp_ratio=config.mlp_ratio,
-            out_chans=config.output_channels,
-            global_attn_indexes=config.global_attn_indexes,
-            window_size=config.window_size,
-            qkv_bias=config.qkv_bias,
-            use_abs_pos=config.use_abs_pos,
-            use_rel_pos=config.use_rel_pos,
-            downsample_channels=config.downsample_channels,
-        )
+        self.encoder = encoder_of(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

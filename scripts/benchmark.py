@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from image_encoder_vit import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel
 from image_encoder_vit.attention_image_encoder_vit import resize_pos_embed
+from image_encoder_vit.checkpoint_layouts import TRANSFORMERS_NAMES, rename
 
 BASELINE = "transformers sdpa"
 OURS = "image-encoder-vit"
@@ -145,32 +146,13 @@ def random_encoder(dtype: str) -> ImageEncoderViTModel:
     return model.to(DTYPES[dtype])
 
 
-NATIVE_NAMES = {
-    "patch_embed.proj": "patch_embed.projection",
-    "blocks": "layers",
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "neck.0": "neck.conv1",
-    "neck.1": "neck.layer_norm1",
-    "neck.2": "neck.conv2",
-    "neck.3": "neck.layer_norm2",
-    "net_2": "proj.conv1",
-    "net_3": "proj.conv2",
-}
-
-
 def build_transformers(case: Case, attn_implementation: str) -> "FirstOutput":
     """The class of the same encoder in transformers, with the same weights."""
     module = importlib.import_module("transformers.models.unlimited_ocr.modeling_unlimited_ocr")
     config = module.UnlimitedOcrSamVisionConfig()
     native = module.UnlimitedOcrSamVisionEncoder._from_config(config, attn_implementation=attn_implementation).eval()
-    weights = {}
-    for name, weight in random_encoder("float32").encoder.state_dict().items():
-        renamed = f".{name}"
-        for ours, theirs in NATIVE_NAMES.items():
-            renamed = renamed.replace(f".{ours}.", f".{theirs}.")
-        weights[renamed[1:]] = weight
-    native.load_state_dict(weights)
+    weights = random_encoder("float32").encoder.state_dict()
+    native.load_state_dict({rename(name, TRANSFORMERS_NAMES): weight for name, weight in weights.items()})
     return FirstOutput(native.to(DTYPES[case.dtype]))
 
 
