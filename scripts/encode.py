@@ -15,7 +15,7 @@ from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor
 from transformers.utils import logging
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
@@ -142,9 +142,13 @@ def load_encoder(checkpoint: str | None, device: torch.device, dtype: str | None
         if dtype:
             model = model.to(DTYPES[dtype])
     else:
-        model = AutoModel.from_pretrained(checkpoint, dtype=DTYPES[dtype] if dtype else "auto")
-        if not isinstance(model, ImageEncoderViTModel):
-            raise ValueError(f"{checkpoint!r} is a {type(model).__name__}, not an ImageEncoderViTModel.")
+        kind = ImageEncoderViTConfig.get_config_dict(checkpoint)[0].get("model_type")
+        if kind != ImageEncoderViTConfig.model_type:
+            raise ValueError(
+                f"{checkpoint!r} holds a model of type {kind!r}, not {ImageEncoderViTConfig.model_type!r}. If it has "
+                f"the encoder inside, take it out first: scripts/pull_from_hub.py {checkpoint} FOLDER"
+            )
+        model = ImageEncoderViTModel.from_pretrained(checkpoint, dtype=DTYPES[dtype] if dtype else "auto")
         processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # the exact one
     return processor, model.to(device).eval()
 

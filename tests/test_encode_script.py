@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import folder_files
+from hub_client import client_environment, run_script
+from hub_server import HubServer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,6 +19,8 @@ from transformers import AutoModel
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil
 from image_encoder_vit.feature_pictures import page_beside_features, pca_to_rgb
+
+pytest_plugins = ["hub_fixtures"]
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_PAGE = ROOT / "samples" / "page.png"
@@ -65,6 +70,25 @@ def test_a_folder_of_images(images: Path, model_folder: str, tmp_path: Path) -> 
     with Image.open(plot) as picture:
         assert picture.size == (2 * 96 + 8, 4 * 128 + 3 * 16)
     assert [path.name for path in output.parent.iterdir()] == ["features.safetensors"]
+
+
+def test_a_checkpoint_from_the_hub(hub: HubServer, home: Path, images: Path, model_folder: str, tmp_path: Path) -> None:
+    hub.add_repository("encode/model", folder_files(Path(model_folder)))
+    arguments = [images / "a.jpg", "--checkpoint", "encode/model", "--output", "hub.safetensors"]
+    environment = client_environment(hub.endpoint, home)
+    result = run_script("encode.py", *map(str, arguments), environment=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert encode(images / "a.jpg", "--checkpoint", model_folder, "--output", tmp_path / "local").returncode == 0
+    name = str(images / "a.jpg")
+    from_hub, from_folder = load_file(tmp_path / "hub.safetensors")[name], load_file(tmp_path / "local")[name]
+    torch.testing.assert_close(from_hub, from_folder, rtol=1e-5, atol=1e-6)
+
+    arguments[2] = "encode/absent"
+    result = run_script("encode.py", *map(str, arguments), environment=environment, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "encode/absent" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_dtype_device_and_no_pad(images: Path, model_folder: str, tmp_path: Path) -> None:
@@ -122,7 +146,15 @@ def test_an_empty_folder_is_named(tmp_path: Path, model_folder: str) -> None:
     assert re.search(r"error: No image in folder .*empty", result.stderr)
 
 
-def test_a_checkpoint_of_something_else_is_refused(images: Path, model_folder: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused_before_its_weights_are_fetched(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_vl_v2", "auto_map": {"AutoModel": "m.Model"}}')
+    result = encode(images, "--checkpoint", tmp_path, "--output", tmp_path / "f.safetensors")
+    assert result.returncode == 2
+    assert "type 'deepseek_vl_v2', not 'image_encoder_vit'" in result.stderr
+    assert f"scripts/pull_from_hub.py {tmp_path} FOLDER" in result.stderr
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(images: Path, model_folder: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for name in ("config.json", "preprocessor_config.json"):
