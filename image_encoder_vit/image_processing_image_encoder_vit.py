@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict, load_image
@@ -275,7 +275,7 @@ class Batch:
         top, left, height, width = self.placements[index].valid_region
         canvas = self.canvases[index]
         for channel in range(3):
-            canvas[channel, top : top + height, left : left + width] = self.values[channel][pixels[..., channel]]
+            canvas[channel, top : top + height, left : left + width] = self.values[channel].take(pixels[..., channel])
 
     def outputs(self, original_sizes: list[Size]) -> dict[str, Any]:
         """The processor's outputs by name."""
@@ -428,7 +428,8 @@ def to_rgb(
     """
     if isinstance(image, Image.Image):
         check_image_size((image.height, image.width))
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # Without the check every scan would be copied.
+            image = ImageOps.exif_transpose(image)
         if image.mode in PIL_16_BIT_MODES or image.mode in ("I", "F"):
             image = Image.fromarray(to_8_bit(np.asarray(image)))
     elif isinstance(image, (np.ndarray, torch.Tensor)):
