@@ -150,6 +150,26 @@ def test_float32_pixels_into_a_bfloat16_model() -> None:
     assert relative_error(actual, expected) <= 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_precision(dtype: torch.dtype) -> None:
+    model = small_model()
+    pixels = random_pixels(2, 3, 144, 208)
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        with torch.autocast("cpu", dtype=dtype):
+            assert relative_error(model(pixels).last_hidden_state, expected) <= 0.05
+        assert relative_error(model.to(dtype)(pixels).last_hidden_state, expected) <= 0.05
+
+
+def test_an_exported_encoder_gives_the_same() -> None:
+    model = small_model()
+    pixels = random_pixels(1, 3, 144, 208)
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        exported = torch.export.export(model.encoder, (pixels,), strict=False).module()
+        assert relative_error(exported(pixels), expected) <= 1e-6
+
+
 @pytest.mark.parametrize("attn_implementation", ATTENTION)
 def test_gradients_reach_every_parameter_and_equal_the_other_path_s(attn_implementation: str) -> None:
     gradients = {}
