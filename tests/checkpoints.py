@@ -7,20 +7,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from small import SMALL
 
 from image_encoder_vit import ImageEncoderViT, ImageEncoderViTConfig
 
-# Two windowed and two global blocks on a grid of 8 x 8 patches, windows that do not divide it.
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "image_size": 128,
-    "output_channels": 8,
-    "downsample_channels": [12, 20],
-    "window_size": 3,
-    "global_attn_indexes": [1, 3],
-}
 SOURCE_CONFIG_SECTION = {
     "layers": 4,
     "heads": 2,

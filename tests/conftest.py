@@ -7,21 +7,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from small import SMALL
 from torch import nn
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
-
-# Two windowed and two global blocks, grid 8 x 8 at the training size, windows that do not divide it.
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "image_size": 128,
-    "output_channels": 8,
-    "downsample_channels": [12, 20],
-    "window_size": 3,
-    "global_attn_indexes": [1, 3],
-}
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

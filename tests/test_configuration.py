@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
 from huggingface_hub.errors import StrictDataclassError
+from small import SMALL
 from transformers import AutoConfig
 
 from image_encoder_vit import ImageEncoderViT, ImageEncoderViTConfig

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import SMALL, random_pixels, randomize, relative_error
+from conftest import random_pixels, randomize, relative_error
 from reference import encode
+from small import SMALL
 
 from image_encoder_vit import ImageEncoderViT
 

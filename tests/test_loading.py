@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, random_pixels, small_model
+from conftest import random_pixels, small_model
 from safetensors.torch import load_file, save_file
+from small import SMALL
 from transformers import AutoImageProcessor, AutoModel
 
 from image_encoder_vit import (

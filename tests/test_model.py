@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 import torch
-from conftest import SMALL, random_pixels, relative_error, small_model
+from conftest import random_pixels, relative_error, small_model
+from small import SMALL
 
 from image_encoder_vit import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel
 

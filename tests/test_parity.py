@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import SMALL, random_pixels, randomize, relative_error, small_model
+from conftest import random_pixels, randomize, relative_error, small_model
 from native import NATIVE, native_twin, sam_twin
+from small import SMALL
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTModel
 
