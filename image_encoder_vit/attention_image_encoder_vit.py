@@ -144,17 +144,16 @@ def cpu_inference_attention(
     return attended
 
 
-def window_partition(hidden: Tensor, window: int, padding: Tensor | None = None) -> Tensor:
+def window_partition(hidden: Tensor, window: int, padding: Tensor) -> Tensor:
     """
     Cuts (B, H, W, C) into windows (B * windows, window, window, C), row by row, after padding the bottom and right
-    with `padding` (C,), or zeros, up to whole windows (ViTDet, arXiv 2203.16527).
+    with `padding` (C,) up to whole windows (ViTDet, arXiv 2203.16527).
     """
     batch, height, width, channels = hidden.shape
     right, bottom = -width % window, -height % window
-    if padding is None:
-        hidden = F.pad(hidden, (0, 0, 0, right, 0, bottom))
-    elif right or bottom:
+    if right:
         hidden = torch.cat([hidden, padding.expand(batch, height, right, channels)], dim=2)
+    if bottom:
         hidden = torch.cat([hidden, padding.expand(batch, bottom, width + right, channels)], dim=1)
     rows, columns = hidden.shape[1] // window, hidden.shape[2] // window
     hidden = hidden.reshape(batch, rows, window, columns, window, channels)

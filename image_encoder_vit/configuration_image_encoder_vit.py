@@ -21,7 +21,6 @@ TRANSFORMERS_KEYWORDS = frozenset(
         "auto_map",
         "custom_pipelines",
         "experts_implementation",
-        "label2id",
         "model_type",
         "name_or_path",
         "num_labels",
