@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
 VENV_TORCHVISION := .venv-torchvision
+# Everything but torchvision, whose registry builds for Linux want CUDA libraries.
+EXTRAS := test,dev,plot,export,finetune,quantize,corpora
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: encode test benchmark lint check test-oldest test-torchvision clean
@@ -37,7 +39,7 @@ test-torchvision: $(VENV_TORCHVISION)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable ".[test,dev]"
+	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
