@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
 VENV_TORCHVISION := .venv-torchvision
-# Everything but torchvision, whose registry builds for Linux want CUDA libraries.
-EXTRAS := test,dev,plot,export,finetune,quantize,corpora
+# Everything but torchvision, whose registry builds for Linux want CUDA libraries, and torchao: transformers imports it
+# wherever it is installed, and it writes warnings to every program's stderr. Its tests find it in a folder of its own.
+EXTRAS := test,dev,plot,export,finetune,corpora
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: encode test benchmark lint check test-oldest test-torchvision clean
@@ -40,6 +41,7 @@ test-torchvision: $(VENV_TORCHVISION)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --no-deps --target $(VENV)/torchao torchao
 	touch $@
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
