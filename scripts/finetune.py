@@ -68,7 +68,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--freeze-encoder", action="store_true", help="train the head only")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
+    parser.add_argument("--workers", type=not_negative, default=0, help="processes that decode images (default: 0)")
     parser.add_argument("--save-every-steps", type=positive(int), metavar="STEPS", help="keep the state for --resume")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run has saved its state")
     parser.add_argument("--seed", type=int, default=0)
@@ -90,6 +90,14 @@ def positive(kind: type) -> Any:
 
     parse.__name__ = f"positive {kind.__name__}"
     return parse
+
+
+def not_negative(text: str) -> int:
+    """A type for argparse: an integer of 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
 
 
 def message_of(error: BaseException, lines: int = 4) -> str:
@@ -250,7 +258,14 @@ class Training:
 
     def run(self, states: Path, arguments: argparse.Namespace) -> None:
         """Trains to the end, saving the state every so many steps."""
-        loader = DataLoader(self.images, batch_sampler=StepBatches(self), num_workers=arguments.workers)
+        # A forked worker would hold the lock on the unfinished folder for seconds after this process is killed.
+        context = "spawn" if arguments.workers else None
+        loader = DataLoader(
+            self.images,
+            batch_sampler=StepBatches(self),
+            num_workers=arguments.workers,
+            multiprocessing_context=context,
+        )
         for batch in loader:
             loss = self.train_step({name: value.to(self.accelerator.device) for name, value in batch.items()})
             self.accelerator.print(f"step {self.step} of {self.total_steps}: loss {loss:.4f}", flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -224,8 +225,9 @@ def test_a_resumed_training_is_the_same_bit_for_bit(
 
 
 def test_a_killed_training_resumes_the_same(images: Path, model_folder: str, tmp_path: Path) -> None:
-    options = ["--batch-size", 2, "--epochs", 10, "--save-every-steps", 1, "--workers", 1]  # 40 steps
+    options = ["--batch-size", 2, "--epochs", 10, "--save-every-steps", 1]  # 40 steps
     arguments = [images, "--checkpoint", model_folder, "--output", tmp_path / "killed", "--cpu", *options]
+    arguments += ["--workers", 1]
     command = [sys.executable, SCRIPT, *arguments]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=log, stderr=log)
@@ -278,7 +280,8 @@ def test_the_script_learns_and_what_it_writes_loads(
     if "--lora" in options:
         pytest.importorskip("peft")
     output = tmp_path / "new" / "tuned"
-    assert run(images, model_folder, output, "--epochs", 10, "--learning-rate", 0.01, *options) == 0
+    epochs = 50 if "--freeze-encoder" in options else 10  # The features of random weights tell little.
+    assert run(images, model_folder, output, "--epochs", epochs, "--learning-rate", 0.01, *options) == 0
     assert [path.name for path in output.parent.iterdir()] == ["tuned"]
     before = load_file(Path(model_folder) / "model.safetensors")
     changed = {name for name, weight in load_file(output / "model.safetensors").items() if (weight != before[name]).any()}
@@ -340,7 +343,7 @@ def broken(kind: str, images: Path, folder: Path) -> Path:
         ("truncated", [], r"Cannot read '.*0.png' as an image"),
         ("truncated", ["--workers", 1], r"Cannot read '.*0.png' as an image"),
         ("good", ["--checkpoint", "nowhere"], r"nowhere"),
-        ("good", ["--image-size", 100], r""),
+        ("good", ["--image-size", 100], r"multiples of patch_size=16 px, got 100 x 100 px"),
         ("good", ["--learning-rate", 1e30], r"The loss is nan at step"),
     ],
 )
@@ -358,8 +361,6 @@ def test_bad_input_is_one_clear_error(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert len(error.splitlines()) <= 4
-    import re
-
     assert re.search(message, error)
     assert "Traceback" not in error
     assert not output.exists()
@@ -417,12 +418,13 @@ def test_lora_adapts_and_merges_back(targets: Any, tmp_path: Path) -> None:
     assert relative_error(inference, training.detach()) <= 1e-6
     merged = model.merge_and_unload()
     assert type(merged) is ImageEncoderViTModel
-    merged.save_pretrained(tmp_path)
+    merged.save_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert relative_error(merged(pixels).last_hidden_state, inference) <= 1e-5
-        loaded = AutoModel.from_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path / "merged")
         assert torch.equal(loaded(pixels).last_hidden_state, merged(pixels).last_hidden_state)
-    assert loaded.config.to_dict().keys() == plain.config.to_dict().keys() | loaded.config.to_dict().keys() & {"dtype"}
+    plain.save_pretrained(tmp_path / "plain")  # PEFT leaves nothing of its own behind.
+    assert (tmp_path / "merged" / "config.json").read_text() == (tmp_path / "plain" / "config.json").read_text()
 
 
 @peft_s_old_name
