@@ -107,18 +107,27 @@ def _check_header(path: Path) -> None:
         raise ValueError(f"Cannot read {str(path)!r} as an image: {error}") from error
 
 
-def save_classifier(classifier: ImageEncoderViTClassifier, classes: list[str], processor: Any, folder: Path) -> None:
+def save_classifier(
+    classifier: ImageEncoderViTClassifier, classes: list[str], processor: Any, folder: str | os.PathLike[str]
+) -> None:
     """
-    Writes the encoder, with adapters of LoRA merged into it, and the processor as `AutoModel` and
-    `AutoImageProcessor` load them, and beside them the head and the names of its classes.
+    Writes the encoder and the processor as `AutoModel` and `AutoImageProcessor` load them, and beside them the head
+    and the names of its classes. Adapters of LoRA are merged into the encoder, which leaves PEFT's wrapper without.
+
+    Raises:
+        ValueError: If the head has another number of classes.
     """
+    root = Path(folder)
+    outputs = classifier.head[-1].out_features
+    if len(classes) != outputs:
+        raise ValueError(f"The head tells {outputs} classes apart, but {len(classes)} are named: {classes}.")
     encoder: Any = classifier.encoder
     if not isinstance(encoder, ImageEncoderViTModel):
         encoder = encoder.merge_and_unload()
-    encoder.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    save_file({name: weight.contiguous() for name, weight in classifier.head.state_dict().items()}, folder / HEAD_FILE)
-    (folder / CLASSES_FILE).write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+    encoder.save_pretrained(root)
+    processor.save_pretrained(root)
+    save_file({name: weight.contiguous() for name, weight in classifier.head.state_dict().items()}, root / HEAD_FILE)
+    (root / CLASSES_FILE).write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
 
 
 def load_classifier(folder: str | os.PathLike[str]) -> tuple[ImageEncoderViTClassifier, list[str], Any]:

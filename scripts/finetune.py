@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from image_encoder_vit.fine_tuning import (
     save_classifier,
     with_lora,
 )
-from image_encoder_vit.output_folder import check_free, discard, publish, unfinished_folder
+from image_encoder_vit.output_folder import check_free, discard, publish, unfinished_folder, unfinished_path
 
 WARMUP_SHARE = 0.05
 MAX_GRADIENT_NORM = 1.0
@@ -63,7 +63,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=positive(float), default=3, help="passes over the images (default: 3)")
     parser.add_argument("--batch-size", type=positive(int), default=4, help="images a step and process (default: 4)")
     parser.add_argument("--learning-rate", type=positive(float), default=1e-4, help="at its peak (default: 1e-4)")
-    parser.add_argument("--image-size", type=positive(int), metavar="PX", help="side of the canvas; default: as trained")
+    parser.add_argument(
+        "--image-size", type=positive(int), metavar="PX", help="side of the canvas; default: as trained"
+    )
     parser.add_argument("--lora", type=positive(int), metavar="RANK", help="train adapters of this rank, then merge")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the head only")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
@@ -103,7 +105,9 @@ def not_negative(text: str) -> int:
 def message_of(error: BaseException, lines: int = 4) -> str:
     """The message of an error, cut to a few lines; of one from a worker process, without its traceback."""
     text = str(error).strip().splitlines()
-    return text[-1] if text and text[0].startswith("Caught ") else "\n".join(text[:lines])
+    if text and text[0].startswith("Caught "):
+        return text[-1].partition(": ")[2]
+    return "\n".join(text[:lines])
 
 
 def finetune(arguments: argparse.Namespace) -> None:
@@ -118,10 +122,7 @@ def finetune(arguments: argparse.Namespace) -> None:
     processor = load_processor(arguments)
     images = ImageFolder(arguments.images, processor)
     settings = settings_of(arguments, images, accelerator.num_processes)
-    with ExitStack() as stack:
-        folder = arguments.output.parent / f".{arguments.output.name}.unfinished"
-        if accelerator.is_main_process:
-            folder = stack.enter_context(unfinished_folder(arguments.output))
+    with output_in_work(arguments.output, accelerator) as folder:
         states = folder / STATES
         state = check_states(states, settings, arguments.resume)
         accelerator.wait_for_everyone()  # All have looked before one writes.
@@ -137,11 +138,31 @@ def finetune(arguments: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             classifier = build(arguments, len(images.classes))
             classifier.load_state_dict(weights)
-            discard(states)
-            save_classifier(classifier, images.classes, processor, folder)
-            publish(folder, arguments.output)
+            tuned = folder / "tuned"
+            discard(tuned)  # of a process that was killed here
+            tuned.mkdir()
+            save_classifier(classifier, images.classes, processor, tuned)
+            publish(tuned, arguments.output)
+            discard(folder)
             print(f"Wrote the encoder, its processor and the head to {arguments.output}")
         accelerator.wait_for_everyone()
+
+
+@contextmanager
+def output_in_work(output: Path, accelerator: Accelerator) -> Iterator[Path]:
+    """
+    The unfinished folder of the output, locked by the main process. After an error it stays only if there is a state
+    to resume from.
+    """
+    if not accelerator.is_main_process:
+        yield unfinished_path(output)
+        return
+    with unfinished_folder(output) as folder:
+        try:
+            yield folder
+        finally:
+            if not any((folder / STATES).glob("step-*")):
+                discard(folder)
 
 
 def load_processor(arguments: argparse.Namespace) -> Any:
@@ -165,8 +186,9 @@ def build(arguments: argparse.Namespace, num_classes: int) -> ImageEncoderViTCla
         kind = ImageEncoderViTConfig.get_config_dict(arguments.checkpoint)[0].get("model_type")
         if kind != ImageEncoderViTConfig.model_type:
             raise ValueError(
-                f"{arguments.checkpoint!r} holds a model of type {kind!r}, not {ImageEncoderViTConfig.model_type!r}. If "
-                f"it has the encoder inside, take it out first: scripts/pull_from_hub.py {arguments.checkpoint} FOLDER"
+                f"{arguments.checkpoint!r} holds a model of type {kind!r}, not {ImageEncoderViTConfig.model_type!r}. "
+                "If it has the encoder inside, take it out first: "
+                f"scripts/pull_from_hub.py {arguments.checkpoint} FOLDER"
             )
         encoder = ImageEncoderViTModel.from_pretrained(arguments.checkpoint, dtype=torch.float32)
     if arguments.gradient_checkpointing:
@@ -197,7 +219,9 @@ def check_states(states: Path, settings: dict[str, Any], resume: bool) -> Path |
     found = sorted(states.glob("step-*"))
     if not resume:
         if found:
-            raise ValueError(f"An interrupted run has left {str(found[-1])!r}: add --resume, or remove {str(states)!r}.")
+            raise ValueError(
+                f"An interrupted run has left {str(found[-1])!r}: add --resume, or remove {str(states)!r}."
+            )
         return None
     if not found:
         raise ValueError(f"--resume: no state in {str(states)!r}. Start without it, and with --save-every-steps.")
