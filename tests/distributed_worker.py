@@ -1,7 +1,7 @@
 """
 What one of two processes does in the tests of distributed training: gradients of its share of a batch, under DDP and
-both kinds of FSDP, to be compared with those of one process on the whole batch; then scripts/finetune.py, with the
-arguments that follow the folder for the results.
+both kinds of FSDP, to be compared with those of one process on the whole batch; then scripts/finetune.py with the
+arguments that follow the folder for the results, straight and interrupted.
 """
 
 import functools
@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from conftest import random_pixels, small_model
-from finetune_script import finetune
+from finetune_script import finetune, interrupt_after
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,9 +110,16 @@ def main(folder: Path, arguments: list[str]) -> None:
         results["fsdp1"] = with_fsdp1(share)
         results["fsdp2"] = with_fsdp2(share)
     torch.save(results, folder / f"rank-{rank}.pt")
-    status = finetune.main(arguments)  # In the same processes: each start costs seconds.
+    # In the same processes: each start costs seconds.
+    statuses = [finetune.main([*arguments, "--output", str(folder / "straight")])]
+    resumed = [*arguments, "--output", str(folder / "resumed"), "--save-every-steps", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.main(resumed)
+    statuses.append(finetune.main([*resumed, "--resume"]))
     accelerator.end_training()
-    sys.exit(status)
+    sys.exit(max(statuses))
 
 
 if __name__ == "__main__":

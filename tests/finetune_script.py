@@ -4,6 +4,9 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "finetune.py"
 
@@ -19,3 +22,15 @@ def _load() -> ModuleType:
 
 
 finetune = _load()
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends training as Ctrl-C does, in the step after this one."""
+    original = finetune.Training.train_step
+
+    def train_step(self: Any, batch: dict[str, Any]) -> float:
+        if self.step == step:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(finetune.Training, "train_step", train_step)
