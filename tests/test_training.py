@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from checkpoints import folder_files
 from conftest import random_pixels, relative_error, small_model
 from finetune_script import SCRIPT, finetune, interrupt_after
+from hub_client import client_environment, run_script
+from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file
 from small import SMALL
@@ -35,6 +38,8 @@ from image_encoder_vit.fine_tuning import (
     save_classifier,
     with_lora,
 )
+
+pytest_plugins = ["hub_fixtures"]
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {
@@ -304,6 +309,48 @@ def test_without_a_checkpoint_random_weights_are_trained_and_said_to_be(
     assert "RANDOM weights" in capsys.readouterr().out
     assert ImageEncoderViTImageProcessorPil.from_pretrained(tmp_path / "tuned").size == {"height": 64, "width": 64}
     assert AutoModel.from_pretrained(tmp_path / "tuned").config.hidden_size == SMALL["hidden_size"]
+
+
+def test_a_checkpoint_from_the_hub(hub: HubServer, home: Path, images: Path, model_folder: str, tmp_path: Path) -> None:
+    hub.add_repository("finetune/model", folder_files(Path(model_folder)))
+    options = ["--output", "tuned", "--epochs", 0.5, "--cpu"]
+    arguments = map(str, [images, "--checkpoint", "finetune/model", *options])
+    environment = client_environment(hub.endpoint, home)
+    result = run_script("finetune.py", *arguments, environment=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert run(images, model_folder, tmp_path / "local", "--epochs", 0.5) == 0
+    assert_bit_equal(weights_of(tmp_path / "tuned"), weights_of(tmp_path / "local"))
+
+
+def test_lora_without_peft_is_one_clear_error(
+    images: Path,
+    model_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert run(images, model_folder, tmp_path / "tuned", "--lora", 2) == 2
+    assert capsys.readouterr().err == "error: LoRA needs PEFT: pip install 'image-encoder-vit[finetune]'.\n"
+    assert not list(tmp_path.glob("*tuned*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--epochs", 0],
+        ["--batch-size", -1],
+        ["--learning-rate", "nan"],
+        ["--workers", -1],
+        ["--lora", 2, "--freeze-encoder"],
+    ],
+)
+def test_senseless_options_are_refused(
+    options: list[object], images: Path, model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(images, model_folder, tmp_path / "tuned", *options)
+    assert str(options[0]) in capsys.readouterr().err
 
 
 def broken(kind: str, images: Path, folder: Path) -> Path:
