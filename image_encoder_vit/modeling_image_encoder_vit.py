@@ -289,7 +289,12 @@ class ImageEncoderViT(nn.Module):
         check_pixel_values(x, self.in_chans, self.patch_size)
         hidden = self.patch_embed(x)  # (B, H, W, C)
         if self.pos_embed is not None:
-            hidden = hidden + resize_pos_embed(self.pos_embed, (hidden.shape[1], hidden.shape[2]))
+            positions = resize_pos_embed(self.pos_embed, (hidden.shape[1], hidden.shape[2]))
+            # Accelerate places a module's own parameters apart from its children, and moves only inputs of modules.
+            # Asked first, so that exported graphs name no device.
+            if positions.device != hidden.device:
+                positions = positions.to(hidden.device)
+            hidden = hidden + positions
         for block in self.blocks:
             hidden = block(hidden, attn_implementation=attn_implementation)
         features = self.neck(hidden.permute(0, 3, 1, 2))  # (B, 256, H, W)

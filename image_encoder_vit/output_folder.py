@@ -29,6 +29,11 @@ def check_free(output: Path) -> None:
         raise FileExistsError(f"{str(output)!r} exists already: remove it, or choose another folder.")
 
 
+def unfinished_path(output: Path) -> Path:
+    """Where the folder is filled."""
+    return output.parent / f".{output.name}.unfinished"
+
+
 @contextmanager
 def unfinished_folder(output: Path) -> Iterator[Path]:
     """
@@ -39,7 +44,7 @@ def unfinished_folder(output: Path) -> Iterator[Path]:
         FileExistsError: If `output` exists.
         BlockingIOError: If another process is making the same folder.
     """
-    folder = output.parent / f".{output.name}.unfinished"
+    folder = unfinished_path(output)
     while True:
         check_free(output)
         folder.mkdir(parents=True, exist_ok=True)
