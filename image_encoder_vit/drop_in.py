@@ -182,7 +182,7 @@ def _empty_stand_in(ours: type, theirs: type) -> Any:
     return cls.__new__(cls)
 
 
-def _drop_in_encoder(path: str, encoder: nn.Module) -> nn.Module:
+def _drop_in_encoder(path: str, encoder: Any) -> nn.Module:
     name = _name_of_blocks(encoder)
     blocks = encoder.get_submodule(name)
     _check_forward(path, encoder)
@@ -194,8 +194,9 @@ def _drop_in_encoder(path: str, encoder: nn.Module) -> nn.Module:
 
 
 def _drop_in_blocks(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    block: Any
     for name, block in blocks.named_children():
-        attention, mlp = block.get_submodule("attn"), block.get_submodule("mlp")
+        attention, mlp = block.attn, block.mlp
         new_attention = _view(
             attention,
             _standing_in(DropInAttention, type(attention)),
