@@ -162,7 +162,7 @@ class EagerEncoder:
 
 
 @cache
-def _standing_in(ours: Any, theirs: Any) -> Any:
+def _stand_in_class(ours: Any, theirs: Any) -> Any:
     """
     Our class as a subclass of theirs, under the name of theirs: transformers records outputs by class, Accelerate and
     FSDP know by the class's name what must stay on one device.
@@ -178,8 +178,12 @@ def _standing_in(ours: Any, theirs: Any) -> Any:
 
 
 def _empty_stand_in(ours: type, theirs: type) -> Any:
-    cls = _standing_in(ours, theirs)
+    cls = _stand_in_class(ours, theirs)
     return cls.__new__(cls)
+
+
+def _class_of(module: nn.Module) -> Any:
+    return type(module)  # Any, since mypy takes modules' classes for unhashable.
 
 
 def _drop_in_encoder(path: str, encoder: Any) -> nn.Module:
@@ -189,7 +193,7 @@ def _drop_in_encoder(path: str, encoder: Any) -> nn.Module:
     for index, block in blocks.named_children():
         _check_block(f"{path}.{name}.{index}", block)
     is_eager = getattr(getattr(encoder, "config", None), "_attn_implementation", None) == "eager"
-    cls = _standing_in(EagerEncoder, type(encoder)) if is_eager else type(encoder)
+    cls = _stand_in_class(EagerEncoder, _class_of(encoder)) if is_eager else type(encoder)
     return _view(encoder, cls, **{name: _view(blocks, type(blocks), **dict(_drop_in_blocks(blocks)))})
 
 
@@ -199,7 +203,7 @@ def _drop_in_blocks(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         attention, mlp = block.attn, block.mlp
         new_attention = _view(
             attention,
-            _standing_in(DropInAttention, type(attention)),
+            _stand_in_class(DropInAttention, _class_of(attention)),
             qkv=_linear(attention.qkv),
             proj=_linear(attention.proj),
         )
@@ -208,7 +212,7 @@ def _drop_in_blocks(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         new_attention.num_heads = getattr(attention, heads)
         new_mlp = _view(mlp, ImageEncoderViTMLP, lin1=_linear(mlp.lin1), lin2=_linear(mlp.lin2))
         ours = DropInTransformersBlock if hasattr(block, "layer_norm1") else DropInBlock
-        yield name, _view(block, _standing_in(ours, type(block)), attn=new_attention, mlp=new_mlp)
+        yield name, _view(block, _stand_in_class(ours, _class_of(block)), attn=new_attention, mlp=new_mlp)
 
 
 def _linear(layer: Any) -> nn.Module:
@@ -277,7 +281,7 @@ def _check_block(where: str, block: Any) -> None:
     dropout = getattr(block.attn, "dropout", 0)
     if isinstance(dropout, float | int) and dropout > 0:
         raise ValueError(f"{where}: attention dropout {dropout}, which this encoder does not have. Set it to 0.")
-    probe = torch.linspace(-4, 4, 9)
+    probe = torch.linspace(-4, 4, 9, device="cpu")
     if not torch.equal(block.mlp.act(probe), F.gelu(probe)):
         raise ValueError(f"{where}: the activation {block.mlp.act} is not the exact GELU, which this encoder has.")
 
