@@ -154,7 +154,11 @@ class EagerEncoder:
         wanted = kwargs.get("output_attentions")
         if wanted is None:
             wanted = getattr(self.config, "output_attentions", False)
-        token = _attn_implementation.set("eager" if wanted else "sdpa")
+        if not wanted:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            raise ValueError("A compiled drop-in has no attention weights: leave out output_attentions, or undo it.")
+        token = _attn_implementation.set("eager")
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
