@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -141,8 +140,8 @@ class DropInBlock(ImageEncoderViTBlock):
 class DropInTransformersBlock(DropInBlock):
     """The same under transformers' names of the norms."""
 
-    norm1: Any = property(attrgetter("layer_norm1"))
-    norm2: Any = property(attrgetter("layer_norm2"))
+    norm1: Any = property(lambda self: self.layer_norm1)
+    norm2: Any = property(lambda self: self.layer_norm2)
 
 
 class EagerEncoder:

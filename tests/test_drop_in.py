@@ -657,30 +657,34 @@ def test_offloading(offloaded_first: bool) -> None:
             assert relative_error(model.vision_encoder(pixels)[0], expected) <= BOUND
 
 
+@pytest.mark.parametrize("kind", ["unlimited_ocr", "deepseek_ocr2"])
+def test_device_maps_split_no_block(kind: str) -> None:
+    encoder = encoder_in(built(kind), kind)
+    memory = {"cpu": int(0.6 * compute_module_sizes(encoder)[""]), "disk": 1 << 30}
+    names = encoder._no_split_modules
+    before = infer_auto_device_map(encoder, memory, names)
+    holder = nn.ModuleDict({"encoder": encoder})
+    replace_sam_encoder(holder)
+    assert infer_auto_device_map(holder["encoder"], memory, names) == before
+    # Without those names it does split them.
+    assert infer_auto_device_map(holder["encoder"], memory, []) != before
+
+
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")  # pos_embed
-@pytest.mark.parametrize("kind", SEGMENTING)
-def test_a_device_map_keeps_blocks_whole(kind: str, tmp_path: Path) -> None:
-    model, pixels = built(kind), random_pixels(1, 3, 128, 128)
+@pytest.mark.parametrize("blocks_on", ["cpu", "disk"])
+def test_models_loaded_with_a_device_map(blocks_on: str, tmp_path: Path) -> None:
+    model, pixels = built("sam"), random_pixels(1, 3, 128, 128)
     model.save_pretrained(tmp_path / "model")
     with torch.no_grad():
         expected = model.vision_encoder(pixels)[0]
-    names = type(model)._no_split_modules
-    memory = {"cpu": int(0.6 * compute_module_sizes(model.vision_encoder)[""]), "disk": 1 << 30}
-    before = infer_auto_device_map(model.vision_encoder, memory, names)
-    replace_sam_encoder(model)
-    assert infer_auto_device_map(model.vision_encoder, memory, names) == before
-    assert set(before.values()) == {"cpu", "disk"}
-
-    for device_map in ({"": "cpu"}, {**dict.fromkeys(top_modules(model), "cpu"), "vision_encoder.layers": "disk"}):
-        loaded = type(model).from_pretrained(
-            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "disk"
-        )
-        assert loaded.vision_encoder.layers[0].attn.qkv.weight.is_meta == ("disk" in device_map.values())
-        replaced = replace_sam_encoder(loaded)
-        with torch.no_grad():
-            assert relative_error(loaded.vision_encoder(pixels)[0], expected) <= BOUND
-            replaced.undo()
-            assert relative_error(loaded.vision_encoder(pixels)[0], expected) <= BOUND
+    device_map = {**dict.fromkeys(top_modules(model), "cpu"), "vision_encoder.layers": blocks_on}
+    loaded = type(model).from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "disk")
+    assert loaded.vision_encoder.layers[0].attn.qkv.weight.is_meta == (blocks_on == "disk")
+    replaced = replace_sam_encoder(loaded)
+    with torch.no_grad():
+        assert relative_error(loaded.vision_encoder(pixels)[0], expected) <= BOUND
+        replaced.undo()
+        assert relative_error(loaded.vision_encoder(pixels)[0], expected) <= BOUND
 
 
 def top_modules(model: nn.Module) -> set[str]:
