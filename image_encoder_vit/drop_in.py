@@ -155,8 +155,10 @@ class EagerEncoder:
             wanted = getattr(self.config, "output_attentions", False)
         if not wanted:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if torch.compiler.is_compiling():
-            raise ValueError("A compiled drop-in has no attention weights: leave out output_attentions, or undo it.")
+        return self._forward_with_attentions(*args, **kwargs)
+
+    @torch.compiler.disable  # Compiled blocks cannot read the variable.
+    def _forward_with_attentions(self, *args: Any, **kwargs: Any) -> Any:
         token = _attn_implementation.set("eager")
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
