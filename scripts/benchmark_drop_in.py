@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""Times Unlimited-OCR's whole vision model, CLIP-L included, before and after `replace_sam_encoder`.
+
+Full size with random weights, one image. It is one model: each round undoes the replacement, times a forward pass,
+replaces and times another. The results must agree first; where they do not, no number is printed.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from benchmark import BFLOAT16_FACTOR, DTYPES, FLOAT32_BOUND, PAUSE_S, SEED, Case, describe_machine, relative_error
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from image_encoder_vit.drop_in import replace_sam_encoder
+
+STATES = ("before", "after")
+
+
+class Result(NamedTuple):
+    """Seconds of whole forward passes; `ratio` is the median of the rounds' ratios, errors are against float32."""
+
+    dtype: str
+    median_s: dict[str, float]
+    spread: dict[str, float]
+    ratio: float
+    error: dict[str, float]
+    encoder_median_s: dict[str, float]
+    encoder_ratio: float
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    logging.set_verbosity_error()
+    torch.set_num_threads(arguments.threads)
+    print(describe_machine(), flush=True)
+    print(f"Unlimited-OCR's vision model, {arguments.size} x {arguments.size} px, batch 1\n", flush=True)
+    print("| precision | before, s | after, s | x before | spread | SAM encoder alone, x before | error |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    model = random_vision_model()
+    exact = vision_tokens(model, Case(arguments.size, arguments.size, 1, "float32").pixels)
+    results = []
+    failed = False
+    for dtype in sorted(arguments.dtypes, key=list(DTYPES).index):  # The weights lose precision on the way.
+        outcome = benchmark(model.to(DTYPES[dtype]), Case(arguments.size, arguments.size, 1, dtype), exact, arguments)
+        if isinstance(outcome, str):
+            failed = True
+            print(f"refused: {dtype}: {outcome}")
+            continue
+        results.append(outcome)
+        before, after = (outcome.median_s[state] for state in STATES)
+        spread, error = (", ".join(form.format(value[state]) for state in STATES) for form, value in (
+            ("{:.0%}", outcome.spread), ("{:.1e}", outcome.error)
+        ))  # fmt: skip
+        print(
+            f"| {dtype} | {before:.2f} | {after:.2f} | {outcome.ratio:.2f} | {spread} "
+            f"| {outcome.encoder_ratio:.2f} | {error} |",
+            flush=True,
+        )
+    if arguments.json:
+        report = {"machine": describe_machine(), "size_px": arguments.size, "results": [r._asdict() for r in results]}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 1 if failed else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=1024, help="side of the image in px")
+    parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DTYPES])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write the results there")
+    return parser.parse_args()
+
+
+def random_vision_model() -> Any:
+    """The vision model of Unlimited-OCR in float32, seeded; positions as large as a trained model's."""
+    module = importlib.import_module("transformers.models.unlimited_ocr")
+    torch.manual_seed(SEED)
+    config = module.UnlimitedOcrConfig().vision_config
+    model = importlib.import_module(f"{module.__name__}.modeling_unlimited_ocr").UnlimitedOcrVisionModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "pos" in name:
+                parameter.normal_(std=0.5)
+            elif parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+@torch.inference_mode()
+def vision_tokens(model: nn.Module, pixels: Tensor) -> Tensor:
+    tokens: Tensor = model(pixels).last_hidden_state
+    return tokens
+
+
+@torch.inference_mode()
+def benchmark(model: Any, case: Case, exact: Tensor, arguments: argparse.Namespace) -> Result | str:
+    """The result in one precision, or why there is none."""
+    pixels = case.pixels
+    error = {"before": relative_error(vision_tokens(model, pixels), exact)}
+    replaced = replace_sam_encoder(model)
+    error["after"] = relative_error(vision_tokens(model, pixels), exact)
+    replaced.undo()
+    bound = FLOAT32_BOUND if case.dtype == "float32" else BFLOAT16_FACTOR * error["before"]
+    if not error["after"] <= bound:
+        return f"error {error['after']:.1e} exceeds {bound:.1e}"
+
+    seconds: dict[str, list[float]] = {state: [] for state in STATES}
+    encoder_seconds: dict[str, list[float]] = {state: [] for state in STATES}
+    for _ in range(arguments.rounds):
+        for state in STATES:
+            drop_in = replace_sam_encoder(model) if state == "after" else None
+            for module, into in ((model, seconds), (model.sam_encoder, encoder_seconds)):
+                time.sleep(PAUSE_S)
+                start = time.perf_counter()
+                module(pixels)
+                into[state].append(time.perf_counter() - start)
+            if drop_in is not None:
+                drop_in.undo()
+    return Result(
+        dtype=case.dtype,
+        median_s={state: statistics.median(seconds[state]) for state in STATES},
+        spread={state: (max(values) - min(values)) / statistics.median(values) for state, values in seconds.items()},
+        ratio=median_ratio(seconds),
+        error=error,
+        encoder_median_s={state: statistics.median(encoder_seconds[state]) for state in STATES},
+        encoder_ratio=median_ratio(encoder_seconds),
+    )
+
+
+def median_ratio(seconds: dict[str, list[float]]) -> float:
+    return statistics.median(
+        before / after for before, after in zip(*(seconds[state] for state in STATES), strict=True)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
