@@ -54,6 +54,15 @@ peft_s_old_name = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`
 
 
 @pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes these tests start: runs are bit-equal with the same number of threads only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
     """Accelerate keeps its settings for the life of the process; each test is its own."""
     yield
