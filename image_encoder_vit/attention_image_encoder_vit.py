@@ -11,8 +11,8 @@ from torch import Tensor
 
 # A bias of B x N x Q x K values is built for this many values at a time: 64 MB in float32.
 MAX_BIAS_VALUES = 1 << 24
-# Logits of this many queries at a time on the CPU: 4 MB in float32 at 1024 x 1024 px, which stay in the cache.
-QUERIES_PER_CHUNK = 256
+# Logits that exist at a time on the CPU: 8 MB in float32, those of a head and 512 queries at 1024 x 1024 px.
+LOGITS_PER_CHUNK = 1 << 21
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def cpu_inference_attention(
     Attention over a whole grid on the CPU, for inference: a head and a few hundred queries at a time, in one buffer.
 
     The bias is written into the buffer by broadcasting, the matrix product added to it, and the softmax taken in
-    place, so that no more than QUERIES_PER_CHUNK x K logits ever exist. `query`, `key`, `value` are (B, N, Q, D) with
+    place, so that no more than LOGITS_PER_CHUNK of them ever exist. `query`, `key`, `value` are (B, N, Q, D) with
     any strides; `rel_pos_h` and `rel_pos_w` are the tables. Returns (B, Q, N, D), contiguous.
     """
     batch, heads, queries, dim = query.shape
@@ -125,7 +125,8 @@ def cpu_inference_attention(
     table_h = relative_positions(rel_pos_h, height).transpose(1, 2)  # (H, D, H)
     table_w = relative_positions(rel_pos_w, width).transpose(1, 2)  # (W, D, W)
     attended = query.new_empty(batch, queries, heads, dim)
-    buffer = query.new_empty(min(QUERIES_PER_CHUNK, queries), height, width)
+    queries_per_chunk = min(queries, max(1, LOGITS_PER_CHUNK // (height * width)))
+    buffer = query.new_empty(queries_per_chunk, height, width)
     for image in range(batch):
         for head in range(heads):
             # (Q, D), (K, D) and (K, D); read many times each, so rows that lie together repay the copy.
@@ -133,8 +134,8 @@ def cpu_inference_attention(
             by_row = q.unflatten(0, grid)  # (H, W, D)
             rel_h = (by_row @ table_h).flatten(0, 1)  # (Q, H)
             rel_w = (by_row.transpose(0, 1) @ table_w).transpose(0, 1).flatten(0, 1)  # (Q, W)
-            for start in range(0, queries, QUERIES_PER_CHUNK):
-                chunk = slice(start, min(start + QUERIES_PER_CHUNK, queries))
+            for start in range(0, queries, queries_per_chunk):
+                chunk = slice(start, min(start + queries_per_chunk, queries))
                 bias = buffer[: chunk.stop - chunk.start]
                 torch.add(rel_h[chunk, :, None], rel_w[chunk, None, :], out=bias)
                 logits = bias.flatten(1)

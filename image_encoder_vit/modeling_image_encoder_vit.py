@@ -30,19 +30,28 @@ from .attention_image_encoder_vit import (
     window_unpartition,
 )
 from .configuration_image_encoder_vit import ImageEncoderViTConfig, check_architecture
+from .cpu_inference_image_encoder_vit import (
+    MIN_TOKENS_IN_ONEDNN,
+    has_onednn_linear,
+    is_cpu_inference,
+    onednn_linear,
+)
 
 LAYER_NORM_EPS = 1e-6  # In every norm, LayerNorm2d included.
 MAX_NAMES_IN_ERROR = 12
-MIN_TOKENS_AS_CONVOLUTION = 64  # Below, setting up a convolution costs more than it saves.
 TOKENS_PER_BAND = 896  # What a band of windows of 14 holds at 1024 x 1024 px.
 
 
-def is_cpu_inference(hidden: Tensor) -> bool:
+def is_unhooked(module: nn.Module) -> bool:
     """
-    Whether `hidden` is computed on the CPU without gradients, outside of compilation and export: then, and only then,
-    results may be written in place and buffers reused.
+    Whether `module` is one of our linear layers that nothing watches or wraps, as hooks, adapters and Accelerate's
+    offloading do: then, and only then, a method other than `__call__` may compute it.
     """
-    return hidden.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (
+        type(module) is ImageEncoderViTLinear
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and "forward" not in vars(module)
+    )
 
 
 class ImageEncoderViTLayerNorm2d(nn.LayerNorm):
@@ -68,22 +77,29 @@ class ImageEncoderViTLinear(nn.Linear):
     """
     A linear layer over the channels of (B, H, W, C).
 
-    In inference on the CPU it runs as a 1 x 1 convolution: the same sums, which oneDNN computes about a third faster
-    than PyTorch's default matrix library does.
+    In inference on the CPU it goes to oneDNN, which computes the same sums faster than PyTorch's default matrix
+    library does.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_cpu_inference(input) or not self._pays_as_convolution(input):
-            return super().forward(input)
-        return F.conv2d(input.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)
+        if self._fits_onednn(input):
+            return onednn_linear(input, self.weight, self.bias)
+        return super().forward(input)
 
-    def _pays_as_convolution(self, input: Tensor) -> bool:
+    def forward_gelu(self, input: Tensor) -> Tensor:
+        """The layer and the exact GELU of its output; in oneDNN in one pass."""
+        if self._fits_onednn(input):
+            return onednn_linear(input, self.weight, self.bias, gelu=True)
+        return F.gelu(super().forward(input))
+
+    def _fits_onednn(self, input: Tensor) -> bool:
         return (
-            input.ndim == 4
-            and input.shape[0] * input.shape[1] * input.shape[2] >= MIN_TOKENS_AS_CONVOLUTION
-            and input.dtype in (torch.float32, torch.bfloat16)
+            is_cpu_inference(input)
+            and input.numel() >= MIN_TOKENS_IN_ONEDNN * self.in_features
+            and input.dtype == self.weight.dtype
             and type(self.weight) is nn.Parameter  # A quantised weight is a subclass.
-            and torch.backends.mkldnn.is_available()
+            and not torch.is_autocast_enabled("cpu")  # It casts the inputs of PyTorch's own layers.
+            and has_onednn_linear(input.dtype)
         )
 
 
@@ -150,6 +166,8 @@ class ImageEncoderViTMLP(nn.Module):
         self.lin2 = ImageEncoderViTLinear(mlp_dim, embed_dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if is_unhooked(self.lin1):
+            return self.lin2(self.lin1.forward_gelu(hidden))
         return self.lin2(F.gelu(self.lin1(hidden)))
 
 

@@ -20,6 +20,7 @@ from image_encoder_vit import (
 
 REMOTE_CODE = {
     "attention_image_encoder_vit.py",
+    "cpu_inference_image_encoder_vit.py",
     "configuration_image_encoder_vit.py",
     "image_geometry_image_encoder_vit.py",
     "image_processing_image_encoder_vit.py",

@@ -254,3 +254,21 @@ def test_tuple_output_and_config_flags() -> None:
     assert (features.ndim, pooled.ndim, tokens.ndim, len(hidden)) == (4, 2, 3, 5)
     model.config.output_hidden_states = True
     assert len(model(random_pixels(1, 3, 64, 64)).hidden_states) == 5
+
+
+def test_hooks_on_linear_layers_see_their_outputs_in_inference(model: ImageEncoderViTModel) -> None:
+    pixels = random_pixels(1, 3, 128, 128)
+    with torch.inference_mode():
+        expected = model(pixels).last_hidden_state
+    mlp = model.encoder.blocks[0].mlp
+    seen = []
+    mlp.lin1.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0].clone(), output.clone())))
+    with torch.inference_mode():
+        hooked = model(pixels).last_hidden_state
+        # What a hook is given is the layer's own output, before the GELU.
+        linear = [
+            (output, torch.nn.functional.linear(hidden, mlp.lin1.weight, mlp.lin1.bias)) for hidden, output in seen
+        ]
+    assert relative_error(hooked, expected) <= 1e-6
+    assert linear
+    assert all(relative_error(actual, wanted) <= 1e-6 for actual, wanted in linear)

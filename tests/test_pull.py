@@ -20,6 +20,7 @@ pytest_plugins = ["hub_fixtures"]
 
 CODE = {
     "attention_image_encoder_vit.py",
+    "cpu_inference_image_encoder_vit.py",
     "configuration_image_encoder_vit.py",
     "image_geometry_image_encoder_vit.py",
     "image_processing_image_encoder_vit.py",
