@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import random_pixels, relative_error, small_model
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTModel, onnx_export
@@ -108,7 +109,9 @@ def test_the_script_refuses_in_one_line(model_folder: str, tmp_path: Path) -> No
     ):
         result = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
         assert result.returncode == 2
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert message in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -123,11 +126,13 @@ def test_a_missing_runtime_names_its_extra(missing: str, monkeypatch: pytest.Mon
         return object()
 
     monkeypatch.setattr(importlib, "import_module", import_module)
+    model = small_model()
+    run = {
+        "openvino": lambda: openvino_encoder(model),
+        "onnxruntime": lambda: export_onnx(model, tmp_path / "a.onnx", SIZE),
+    }[missing]
     with pytest.raises(ImportError, match=rf"{missing} is not installed.*image-encoder-vit\[export\]"):
-        if missing == "openvino":
-            openvino_encoder(small_model())
-        else:
-            export_onnx(small_model(), tmp_path / "a.onnx", SIZE)
+        run()
 
 
 def test_openvino_gives_what_the_model_gives() -> None:
