@@ -35,8 +35,10 @@ def openvino_encoder(
     afterwards.
 
     Args:
+        model: With float weights in memory, in any dtype.
         precision: "fp32", or "bf16" where the CPU has it: faster, with the error of a bfloat16 model.
         threads: Of OpenVINO; PyTorch's number by default.
+        max_compiled: Shapes that are held compiled.
 
     Raises:
         ImportError: If openvino is not installed.

@@ -19,5 +19,5 @@ with torch.inference_mode():
     expected = AutoModel.from_pretrained(folder)(pixels).last_hidden_state
     quantized = AutoModel.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16)
     features = quantized(pixels).last_hidden_state
-print(type(quantized.encoder.blocks[0].mlp.lin1.weight).__name__)
-print(float(F.cosine_similarity(features.double().flatten(), expected.double().flatten(), dim=0)))
+sys.stdout.write(f"{type(quantized.encoder.blocks[0].mlp.lin1.weight).__name__}\n")
+sys.stdout.write(f"{float(F.cosine_similarity(features.double().flatten(), expected.double().flatten(), dim=0))}\n")
