@@ -94,7 +94,9 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, relative: tuple[Te
         return F.scaled_dot_product_attention(query, key, value)
     rel_h, rel_w = relative
     queries = query.shape[2]
-    values_per_query = query.shape[0] * query.shape[1] * key.shape[2]
+    # A compiled or exported graph has chunks for one image, so that its batch can stay free.
+    images = 1 if torch.compiler.is_compiling() else query.shape[0]
+    values_per_query = images * query.shape[1] * key.shape[2]
     chunk = max(1, MAX_BIAS_VALUES // values_per_query)
     if chunk >= queries:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=relative_bias(rel_h, rel_w))
