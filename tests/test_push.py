@@ -29,7 +29,9 @@ QUICK = {"first_wait_s": 0.01, "max_wait_s": 0.05, "timeout_s": 2.0}
 CODE = {
     "attention_image_encoder_vit.py",
     "configuration_image_encoder_vit.py",
+    "feature_maps_image_encoder_vit.py",
     "image_geometry_image_encoder_vit.py",
+    "image_presets_image_encoder_vit.py",
     "image_processing_image_encoder_vit.py",
     "modeling_image_encoder_vit.py",
 }
