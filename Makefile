@@ -36,7 +36,7 @@ test-oldest: $(VENV_OLDEST)/.installed
 # The image processors with torchvision, whose registry builds come with CUDA libraries too; they run on the CPU.
 test-torchvision: $(VENV_TORCHVISION)/.installed
 	$(VENV_TORCHVISION)/bin/python -m pytest tests/test_image_processing.py tests/test_image_processing_torchvision.py \
-		tests/test_loading.py tests/test_remote_code.py
+		tests/test_views.py tests/test_tiled_features.py tests/test_loading.py tests/test_remote_code.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)

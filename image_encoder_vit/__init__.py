@@ -7,6 +7,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from .configuration_image_encoder_vit import ImageEncoderViTConfig
+from .feature_maps_image_encoder_vit import FeatureMap, ImageFeatureMaps, stitch_tiles
 from .image_geometry_image_encoder_vit import cell_to_pixels
 from .image_processing_image_encoder_vit import ImageEncoderViTImageProcessor, ImageEncoderViTImageProcessorPil
 from .modeling_image_encoder_vit import ImageEncoderViT, ImageEncoderViTModel, ImageEncoderViTModelOutput
@@ -25,11 +26,14 @@ ImageEncoderViTImageProcessorPil.register_for_auto_class("AutoImageProcessor")
 ImageEncoderViTImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
+    "FeatureMap",
     "ImageEncoderViT",
     "ImageEncoderViTConfig",
     "ImageEncoderViTImageProcessor",
     "ImageEncoderViTImageProcessorPil",
     "ImageEncoderViTModel",
     "ImageEncoderViTModelOutput",
+    "ImageFeatureMaps",
     "cell_to_pixels",
+    "stitch_tiles",
 ]

@@ -16,17 +16,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    PILImageResampling,
-)
 
 from .configuration_image_encoder_vit import ImageEncoderViTConfig
+from .image_presets_image_encoder_vit import preset_settings
 from .modeling_image_encoder_vit import encoder_of
 
 Shape = tuple[int, ...]
@@ -71,27 +63,9 @@ ANCHORS = ("patch_embed.proj.weight", "patch_embed.projection.weight")
 # A name below one of these belongs to the encoder's own path, so one that we do not know means another architecture.
 OWN_MODULES = ("patch_embed", "blocks", "layers", "neck", "proj")
 
-CLIP_STRETCHED = {
-    "image_mean": OPENAI_CLIP_MEAN,
-    "image_std": OPENAI_CLIP_STD,
-    "resample": int(PILImageResampling.BICUBIC),
-    "keep_aspect_ratio": False,
-}
-CENTRED_ON_GREY = {
-    "image_mean": IMAGENET_STANDARD_MEAN,
-    "image_std": IMAGENET_STANDARD_STD,
-    "resample": int(PILImageResampling.BICUBIC),
-    "padding_position": "center",
-    "padding_color": [127, 127, 127],
-}
-# segment-anything's ResizeLongestSide and Sam.preprocess (commit 6fdee8f): bilinear, zeros after normalising.
-SEGMENT_ANYTHING = {
-    "image_mean": IMAGENET_DEFAULT_MEAN,
-    "image_std": IMAGENET_DEFAULT_STD,
-    "resample": int(PILImageResampling.BILINEAR),
-    "padding_position": "bottom_right",
-    "padding_color": "mean",
-}
+CLIP_STRETCHED = preset_settings("got-ocr2")
+CENTRED_ON_GREY = preset_settings("base")
+SEGMENT_ANYTHING = preset_settings("sam")
 
 
 class Family(NamedTuple):
@@ -121,7 +95,7 @@ DEEPSEEK_OCR = Family(
     "mit",
 )
 DEEPSEEK_OCR_2 = DEEPSEEK_OCR._replace(
-    name="deepseek-ocr-2", title="DeepSeek-OCR-2", preprocessing=CENTRED_ON_GREY | {"tile_size": 768}, license=None
+    name="deepseek-ocr-2", title="DeepSeek-OCR-2", preprocessing=preset_settings("deepseek-ocr-2"), license=None
 )
 IN_MEMORY_PREFIXES = ("model.vision_tower.sam_encoder.", "vision_tower.sam_encoder.", "sam_encoder.")
 SAM = Family("sam", "Segment Anything", ("image_encoder.",), PUBLISHED_NAMES, SEGMENT_ANYTHING, "apache-2.0")
@@ -160,7 +134,8 @@ FAMILIES = (
         ("vision_model.vision_tower_high.vision_tower.",),
         DEEPSEEK_VL_NAMES,
         CENTRED_ON_GREY
-        | {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, "padding_color": [122, 116, 104]},
+        | {name: CLIP_STRETCHED[name] for name in ("image_mean", "image_std")}
+        | {"padding_color": [122, 116, 104]},
         None,
         note="DeepSeek-VL resizes the neck's output to 96 x 96 before its stride-2 convolutions and adds features of a "
         "global block to it; this encoder does neither, so its last feature map differs from DeepSeek-VL's.",

@@ -38,6 +38,64 @@ def contain_size(image: Size, box: Size) -> Size:
     return box
 
 
+def longest_side_size(image: Size, box: Size) -> Size:
+    """
+    The largest size of the image's aspect ratio inside `box`, rounded as segment-anything's ResizeLongestSide rounds
+    (commit 6fdee8f): halves up, where PIL rounds them to even. No side is less than 1 px.
+    """
+    scale = min(outer * 1.0 / inner for inner, outer in zip(image, box, strict=True))
+    height, width = (max(1, int(inner * scale + 0.5)) for inner in image)
+    return height, width
+
+
+def choose_tile_grid(image: Size, tile_size: int, min_tiles: int, max_tiles: int) -> Size:
+    """
+    Rows and columns of square tiles of `tile_size` px that an image is cut into; (0, 0) for an image that fits into
+    one tile, or whose nearest grid is a single one.
+
+    Of the grids with `min_tiles` to `max_tiles` tiles it is that nearest in aspect ratio, by the difference of the
+    ratios width / height; of several as near, the larger if the image has more than half of that grid's px: as
+    DeepSeek-OCR's `dynamic_preprocess`, which has it from InternVL.
+    """
+    height, width = image
+    if max(image) <= tile_size:
+        return 0, 0
+    grids = [
+        (rows, columns)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if rows * columns >= min_tiles
+    ]
+    best, least = (1, 1), float("inf")
+    for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        difference = abs(width / height - columns / rows)
+        fills_half = height * width > 0.5 * tile_size * tile_size * rows * columns
+        if difference < least or (difference == least and fills_half):
+            best, least = (rows, columns), difference
+    return best if best != (1, 1) else (0, 0)
+
+
+def cell_edges(stride: int, offset: int, valid: int, original: int) -> tuple[int, tuple[float, ...]]:
+    """
+    Along one axis, the first cell of a feature map that shows a part of the image, and the borders in px of the
+    original image of it and the others that do.
+
+    The image takes `valid` px from `offset` on the canvas, and has `original` px itself; cells have `stride` px.
+    """
+    first, end = offset // stride, -(-(offset + valid) // stride)
+    on_canvas = [min(max(cell * stride, offset), offset + valid) for cell in range(first, end + 1)]
+    return first, tuple((edge - offset) * original / valid for edge in on_canvas)
+
+
+def tile_cell_edges(stride: int, tile_size: int, tiles: int, original: int) -> tuple[float, ...]:
+    """
+    Along one axis, the borders in px of the original image of the cells of a stitched map of `tiles` tiles. The last
+    cell of each tile ends with it, where the stride does not divide it.
+    """
+    starts = [tile * tile_size + start for tile in range(tiles) for start in range(0, tile_size, stride)]
+    return tuple(edge * original / (tiles * tile_size) for edge in [*starts, tiles * tile_size])
+
+
 def place_on_canvas(image: Size, canvas: Size, centered: bool = True) -> Placement:
     """
     The image, already as large as it will be, on a canvas that it fits into: in its centre, an odd px going where

@@ -8,8 +8,9 @@ pixels differ slightly from PIL's.
 
 import difflib
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +21,20 @@ from transformers.image_utils import ChannelDimension, ImageInput, PILImageResam
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, is_torchvision_available
 
-from .image_geometry_image_encoder_vit import Placement, Size, contain_size, place_on_canvas, place_unpadded
+from .feature_maps_image_encoder_vit import ImageFeatureMaps, batch_feature_maps
+from .image_geometry_image_encoder_vit import (
+    Placement,
+    Size,
+    choose_tile_grid,
+    contain_size,
+    longest_side_size,
+    place_on_canvas,
+    place_unpadded,
+)
+from .image_presets_image_encoder_vit import preset_name, preset_settings
 
+T = TypeVar("T")
+R = TypeVar("R")
 PADDING_POSITIONS = ("center", "bottom_right")
 PIL_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -34,8 +47,11 @@ class ImageEncoderViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: i
         patch_size: With `do_pad=False`, sides become multiples of this many px.
         do_upscale: With `do_pad=False`, whether images smaller than `size` are enlarged to it.
         keep_aspect_ratio: Whether images keep their aspect ratio; GOT-OCR2 stretches them to `size`.
-        padding_position: "center" as DeepSeek-OCR, or "bottom_right" of the image as SAM.
+        padding_position: "center" as DeepSeek-OCR, or "bottom_right" of the image as SAM, whose rounding goes with it.
         padding_color: RGB colour of the padding, 0 to 255; or "mean" for padding that is 0 after normalising, as SAM.
+        tile_size: Side in px of the tiles that an image larger than one is cut into besides; None for no tiles.
+        min_tiles: Fewest tiles of an image that is cut.
+        max_tiles: Most tiles of an image.
     """
 
     patch_size: int
@@ -43,6 +59,9 @@ class ImageEncoderViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: i
     keep_aspect_ratio: bool
     padding_position: str
     padding_color: list[int] | tuple[int, ...] | str
+    tile_size: int | None
+    min_tiles: int
+    max_tiles: int
 
 
 class ImageEncoderViTViews(BaseImageProcessor):
@@ -54,6 +73,12 @@ class ImageEncoderViTViews(BaseImageProcessor):
     its longest side is at most that of `size`, its sides are multiples of the patch size, and it is not enlarged
     unless `do_upscale=True`. `size` may be `{"height": ..., "width": ...}`, `{"longest_edge": ...}` or an int, in px.
 
+    With `tile_size`, an image with a side longer than that is also stretched to a grid of tiles and cut into them, row
+    by row: DeepSeek-OCR's "Gundam" mode. The grid is the nearest in aspect ratio with `min_tiles` to `max_tiles` tiles.
+
+    `preset` names a set of all these settings, as in `from_preset`; others given with it override it. It is taken by
+    the constructor, by `from_pretrained` and by a call.
+
     The output holds, for B images:
 
     - `pixel_values` (B, 3, height, width), float32. Images of different sizes (`do_pad=False`) are padded at the
@@ -62,6 +87,8 @@ class ImageEncoderViTViews(BaseImageProcessor):
     - `original_sizes` (B, 2): height and width in px of what was given, upright by its EXIF orientation.
     - `valid_regions` (B, 4): top, left, height and width in px of the image on its canvas. `cell_to_pixels` maps a
       feature cell back to the original image with these two.
+    - `pixel_values_local` (N, 3, tile_size, tile_size), only with `tile_size`: the N tiles of all images in order.
+    - `tile_grids` (B, 2), only with `tile_size`: rows and columns of each image's tiles; 0 and 0 where it has none.
     """
 
     valid_kwargs = ImageEncoderViTImageProcessorKwargs
@@ -82,8 +109,13 @@ class ImageEncoderViTViews(BaseImageProcessor):
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
     do_convert_rgb = True
+    tile_size = None
+    min_tiles = 2
+    max_tiles = 6
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, preset: str | None = None, **kwargs: Any) -> None:
+        if preset is not None:
+            kwargs = preset_settings(preset) | kwargs
         # transformers keeps keywords it does not know as attributes, so a misspelt one would change nothing.
         known = self.valid_kwargs.__annotations__
         for keyword in kwargs.keys() - known.keys():
@@ -91,9 +123,58 @@ class ImageEncoderViTViews(BaseImageProcessor):
                 raise ValueError(f"{type(self).__name__} has no setting {keyword!r}. Did you mean {closest[0]!r}?")
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_preset(cls, preset: str, **settings: Any) -> Any:
+        """
+        A processor with the settings of that name: "tiny", "small", "base", "large", "gundam", "unlimited-ocr",
+        "deepseek-ocr-2", "sam" or "got-ocr2". `settings` override single ones.
+
+        Raises:
+            ValueError: For another name.
+        """
+        return cls(preset=preset, **settings)
+
+    @property
+    def preset(self) -> str | None:
+        """The preset that the settings are those of, None if they are no preset's."""
+        return preset_name(super().to_dict())
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A processor of stored settings. The preset that they name gives those that they lack; one given here, all."""
+        stored = dict(image_processor_dict)
+        if (name := stored.pop("preset", None)) is not None:
+            stored = preset_settings(name) | stored
+        if (name := kwargs.pop("preset", None)) is not None:
+            stored |= preset_settings(name)
+        return super().from_dict(stored, **kwargs)
+
+    def preprocess(self, images: ImageInput, *args: Any, preset: str | None = None, **kwargs: Any) -> BatchFeature:
+        """The batch of these images, with the settings given here in place of the processor's own."""
+        if preset is not None:
+            kwargs = preset_settings(preset) | kwargs
+        return super().preprocess(images, *args, **kwargs)
+
+    def post_process_feature_maps(self, outputs: Any, inputs: Any, *, stride: int = 64) -> list[ImageFeatureMaps]:
+        """
+        The feature maps of each image without padding, of the whole view and of its tiles, whose cells can be traced to
+        px of the original image and back.
+
+        Args:
+            outputs: The model's output, with `last_hidden_state` and, for tiles, `local_feature_maps`.
+            inputs: What this processor gave to the model, as tensors.
+            stride: Side in px of the image area that one cell stands for, `model.encoder.stride`.
+
+        Raises:
+            ValueError: If outputs and inputs are not of the same images, or the stride is another.
+        """
+        return batch_feature_maps(outputs, inputs, stride)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as written to preprocessor_config.json, with the code of both backends named for the Hub."""
         settings = super().to_dict()
+        if (name := preset_name(settings)) is not None:
+            settings["preset"] = name
         if "auto_map" in settings:
             module = type(self).__module__.rpartition(".")[2]
             backends = (ImageEncoderViTImageProcessorPil, ImageEncoderViTImageProcessor)
@@ -109,7 +190,7 @@ class ImageEncoderViTViews(BaseImageProcessor):
         return image_url_or_urls
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
-        flat = flatten_images(self.fetch_images(images))
+        flat = in_threads(self.fetch_images, flatten_images(images))
         if not flat:
             raise ValueError("No image given: the list of images is empty.")
         return flat
@@ -131,6 +212,10 @@ class ImageEncoderViTViews(BaseImageProcessor):
         if kwargs["patch_size"] < 1:
             raise ValueError(f"patch_size must be at least 1 px, got {kwargs['patch_size']}.")
         canvas_size(kwargs["size"])
+        if kwargs["tile_size"] is not None:
+            check_tiling(**{name: kwargs[name] for name in ("tile_size", "min_tiles", "max_tiles", "patch_size")})
+            if not kwargs["do_resize"]:
+                raise ValueError("An image is resized to its tiles: leave do_resize on, or set tile_size=None.")
 
     def _place(self, image: Size, settings: dict[str, Any]) -> Placement:
         canvas = canvas_size(settings["size"])
@@ -140,7 +225,8 @@ class ImageEncoderViTViews(BaseImageProcessor):
         if not settings["keep_aspect_ratio"]:
             return place_on_canvas(canvas, canvas)
         if settings["do_pad"]:
-            return place_on_canvas(contain_size(image, canvas), canvas, centered)
+            resized = contain_size(image, canvas) if centered else longest_side_size(image, canvas)
+            return place_on_canvas(resized, canvas, centered)
         return place_unpadded(image, canvas, settings["patch_size"], settings["do_upscale"])
 
 
@@ -169,18 +255,33 @@ class ImageEncoderViTImageProcessorPil(ImageEncoderViTViews, PilBackend):
         image_mean: float | Sequence[float],
         image_std: float | Sequence[float],
         return_tensors: str | TensorType | None,
+        tile_size: int | None,
+        min_tiles: int,
+        max_tiles: int,
         **settings: Any,
     ) -> BatchFeature:
         original_sizes = [(image.height, image.width) for image in images]
         placements = [self._place(original, settings) for original in original_sizes]
         values = value_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         batch = Batch(placements, values, padding_color, stack=return_tensors is not None)
-        for index, (image, placement) in enumerate(zip(images, placements, strict=True)):
-            resized_height, resized_width = placement.resized
-            if image.size != (resized_width, resized_height):
-                image = image.resize((resized_width, resized_height), resample=resample)
-            batch.fill(index, np.asarray(image))
-        return BatchFeature(batch.outputs(original_sizes), tensor_type=return_tensors)
+        tiles = None
+        if tile_size is not None:
+            grids = [choose_tile_grid(original, tile_size, min_tiles, max_tiles) for original in original_sizes]
+            tiles = Tiles(grids, tile_size, values)
+
+        def fill(index: int) -> None:
+            image = images[index]
+            batch.fill(index, resized_pixels(image, placements[index].resized, resample))
+            if tiles is not None and any(tiles.grids[index]):
+                tiles.fill(index, resized_pixels(image, tiles.size(index), resample))
+
+        # Images that are decoded on first use, once each: one may be there twice.
+        in_threads(Image.Image.load, {id(image): image for image in images}.values())
+        in_threads(fill, range(len(images)))
+        data = batch.outputs(original_sizes)
+        if tiles is not None:
+            data |= tiles.outputs(stack=return_tensors is not None)
+        return BatchFeature(data, tensor_type=return_tensors)
 
 
 class ImageEncoderViTImageProcessor(ImageEncoderViTViews, TorchvisionBackend):
@@ -221,21 +322,27 @@ class ImageEncoderViTImageProcessor(ImageEncoderViTViews, TorchvisionBackend):
         image_mean: float | Sequence[float],
         image_std: float | Sequence[float],
         return_tensors: str | TensorType | None,
+        tile_size: int | None,
+        min_tiles: int,
+        max_tiles: int,
         **settings: Any,
     ) -> BatchFeature:
         original_sizes = [(image.shape[1], image.shape[2]) for image in images]
         placements = [self._place(original, settings) for original in original_sizes]
         values = value_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         padding = torch.from_numpy(padding_values(padding_color, values))
-        canvases = []
-        for image, original, placement in zip(images, original_sizes, placements, strict=True):
-            if placement.resized != original:
-                target = SizeDict(height=placement.resized[0], width=placement.resized[1])
-                image = self.resize(image, target, resample=resample)
-            image = self.rescale_and_normalize(
+
+        def resized_values(image: torch.Tensor, size: Size) -> torch.Tensor:
+            if tuple(image.shape[1:]) != size:
+                image = self.resize(image, SizeDict(height=size[0], width=size[1]), resample=resample)
+            return self.rescale_and_normalize(
                 image.to(torch.float32), do_rescale, rescale_factor, do_normalize, image_mean, image_std
             )
-            canvases.append(paste(image, placement.canvas, placement.offset, padding))
+
+        canvases = [
+            paste(resized_values(image, placement.resized), placement.canvas, placement.offset, padding)
+            for image, placement in zip(images, placements, strict=True)
+        ]
 
         data: dict[str, Any] = {}
         common = common_canvas(placements)
@@ -244,6 +351,15 @@ class ImageEncoderViTImageProcessor(ImageEncoderViTViews, TorchvisionBackend):
             data["pixel_mask"] = pixel_masks(placements, common)
         data["pixel_values"] = torch.stack(canvases) if return_tensors is not None else canvases
         data.update(sizes_and_regions(original_sizes, placements))
+        if tile_size is not None:
+            grids = [choose_tile_grid(original, tile_size, min_tiles, max_tiles) for original in original_sizes]
+            local = [canvases[0].new_empty(0, 3, tile_size, tile_size)]
+            for image, (rows, columns) in zip(images, grids, strict=True):
+                if rows:
+                    local.append(cut_tiles(resized_values(image, (rows * tile_size, columns * tile_size)), tile_size))
+            tiles = torch.cat(local)
+            data["pixel_values_local"] = tiles if return_tensors is not None else list(tiles)
+            data["tile_grids"] = np.array(grids, dtype=np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
 
 
@@ -273,9 +389,7 @@ class Batch:
     def fill(self, index: int, pixels: np.ndarray) -> None:
         """Writes the resized image (height, width, 3), uint8, to its place on canvas `index`."""
         top, left, height, width = self.placements[index].valid_region
-        canvas = self.canvases[index]
-        for channel in range(3):
-            canvas[channel, top : top + height, left : left + width] = self.values[channel].take(pixels[..., channel])
+        fill_values(self.canvases[index][:, top : top + height, left : left + width], pixels, self.values)
 
     def outputs(self, original_sizes: list[Size]) -> dict[str, Any]:
         """The processor's outputs by name."""
@@ -283,6 +397,89 @@ class Batch:
         if self.is_mixed:
             data["pixel_mask"] = pixel_masks(self.placements, self.common)
         return data | sizes_and_regions(original_sizes, self.placements)
+
+
+class Tiles:
+    """
+    The tiles of a batch, (N, 3, tile_size, tile_size), filled image by image. `grids` holds the rows and columns of
+    each image's tiles, 0 and 0 for none; `values` what each pixel value becomes.
+    """
+
+    def __init__(self, grids: list[Size], tile_size: int, values: np.ndarray) -> None:
+        self.grids = grids
+        self.tile_size = tile_size
+        self.values = values
+        self.starts = np.cumsum([0] + [rows * columns for rows, columns in grids]).tolist()
+        self.pixels = np.empty((self.starts[-1], 3, tile_size, tile_size), dtype=np.float32)
+
+    def size(self, index: int) -> Size:
+        """The size in px of all tiles of image `index` together."""
+        rows, columns = self.grids[index]
+        return rows * self.tile_size, columns * self.tile_size
+
+    def fill(self, index: int, pixels: np.ndarray) -> None:
+        """Cuts the resized image (height, width, 3), uint8, into the tiles of image `index`."""
+        tiles = self.pixels[self.starts[index] : self.starts[index + 1]]
+        for tile, (rows, columns) in zip(tiles, tile_slices(self.size(index), self.tile_size), strict=True):
+            fill_values(tile, pixels[rows, columns], self.values)
+
+    def outputs(self, stack: bool) -> dict[str, Any]:
+        """The processor's outputs by name; the tiles are one array when `stack`, else a list."""
+        grids = np.array(self.grids, dtype=np.int64)
+        return {"pixel_values_local": self.pixels if stack else list(self.pixels), "tile_grids": grids}
+
+
+def tile_slices(size: Size, tile_size: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns in px of each square tile of an image of that size, row by row."""
+    height, width = size
+    for top in range(0, height, tile_size):
+        for left in range(0, width, tile_size):
+            yield slice(top, top + tile_size), slice(left, left + tile_size)
+
+
+def cut_tiles(image: torch.Tensor, tile_size: int) -> torch.Tensor:
+    """The tiles (tiles, 3, tile_size, tile_size) of an image (3, height, width), row by row."""
+    return torch.stack(
+        [image[:, rows, columns] for rows, columns in tile_slices((image.shape[1], image.shape[2]), tile_size)]
+    )
+
+
+def fill_values(target: np.ndarray, pixels: np.ndarray, values: np.ndarray) -> None:
+    """Writes what each of the pixels (height, width, 3), uint8, becomes by `values` (3, 256) to (3, height, width)."""
+    for channel in range(3):
+        target[channel] = values[channel].take(pixels[..., channel])
+
+
+def resized_pixels(image: Image.Image, size: Size, resample: PILImageResampling | int) -> np.ndarray:
+    """The pixels (height, width, 3), uint8, of an image resized by PIL, or as it is where it has that size."""
+    height, width = size
+    return np.asarray(image if image.size == (width, height) else image.resize((width, height), resample=resample))
+
+
+def in_threads(function: Callable[[T], R], arguments: Iterable[T]) -> list[R]:
+    """
+    Calls a function with each argument, in as many threads as PyTorch uses: PIL and NumPy let others run while they
+    work. So `torch.set_num_threads` counts here too, and in a DataLoader's worker process it is one thread.
+    """
+    arguments = list(arguments)
+    threads = min(len(arguments), torch.get_num_threads())
+    if threads < 2:
+        return [function(argument) for argument in arguments]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, arguments))
+
+
+def check_tiling(tile_size: int, min_tiles: int, max_tiles: int, patch_size: int) -> None:
+    """
+    Checks the settings of tiles.
+
+    Raises:
+        ValueError: If no tile can be cut or encoded with them.
+    """
+    if tile_size < 1 or tile_size % patch_size:
+        raise ValueError(f"tile_size must be a multiple of patch_size={patch_size} px, got {tile_size}.")
+    if not 1 <= min_tiles <= max_tiles:
+        raise ValueError(f"1 <= min_tiles <= max_tiles must hold, got min_tiles={min_tiles}, max_tiles={max_tiles}.")
 
 
 def common_canvas(placements: list[Placement]) -> Size:

@@ -36,6 +36,7 @@ from .cpu_inference_image_encoder_vit import (
     is_cpu_inference,
     onednn_linear,
 )
+from .feature_maps_image_encoder_vit import checked_tile_grids, stitch_tiles
 
 LAYER_NORM_EPS = 1e-6  # In every norm, LayerNorm2d included.
 MAX_NAMES_IN_ERROR = 12
@@ -353,6 +354,8 @@ class ImageEncoderViTModelOutput(ModelOutput):
         hidden_states: On request, the patch embedding with positions and the output of each block, (B, H, W, C) each.
         attentions: On request, the attention weights of each block: (B * windows, heads, 196, 196) in windowed blocks,
             (B, heads, H * W, H * W) in global ones.
+        local_feature_maps: With tiles, the last feature maps of each image's tiles stitched to one, (1024, rows,
+            columns) in cells; None for an image without tiles.
     """
 
     last_hidden_state: Tensor | None = None
@@ -360,6 +363,7 @@ class ImageEncoderViTModelOutput(ModelOutput):
     patch_embeds: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    local_feature_maps: tuple[Tensor | None, ...] | None = None
 
 
 class ImageEncoderViTModel(PreTrainedModel):
@@ -451,24 +455,62 @@ class ImageEncoderViTModel(PreTrainedModel):
             state_dict = {prefix + name: value for name, value in state_dict.items()}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        pixel_values_local: Tensor | None = None,
+        tile_grids: Tensor | None = None,
+        tile_batch_size: int | None = None,
+        **kwargs: Any,
     ) -> ImageEncoderViTModelOutput:
         """
-        Encodes a batch of images.
+        Encodes a batch of images, and their tiles where they have any.
 
         Args:
             pixel_values: (B, 3, height in px, width in px), both sides multiples of the patch size; cast to the dtype
                 of the weights.
             pixel_mask: (B, height in px, width in px), 1 for the image and 0 for padding. Only `pooler_output` uses
                 it, averaging the cells that hold a part of the image; padding is attended to, as in training.
-            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. The image processor's other outputs
-                are accepted and not used.
+            pixel_values_local: The tiles of all images, (N, 3, side in px, side in px), image by image and row by row.
+            tile_grids: (B, 2), each image's rows and columns of tiles, 0 and 0 for none.
+            tile_batch_size: How many tiles are encoded at once; all by default. Fewer need less memory.
+            kwargs: `output_hidden_states`, `output_attentions`, which are those of `pixel_values`, and `return_dict`.
+                The image processor's other outputs are accepted and not used.
 
         Raises:
-            ValueError: If `pixel_values` is not such a batch, or `pixel_mask` has another size.
+            ValueError: If `pixel_values` or the tiles are not such a batch, `pixel_mask` has another size, or
+                `tile_grids` do not hold as many tiles as there are.
         """
+        if pixel_values_local is not None and tile_grids is None:
+            raise ValueError("pixel_values_local needs tile_grids, the rows and columns of each image's tiles.")
+        local_feature_maps = None
+        if tile_grids is not None:
+            check_tiles(len(pixel_values), pixel_values_local, tile_grids, tile_batch_size)
+            local_feature_maps = self._encode_tiles(pixel_values_local, tile_grids, tile_batch_size)
+        return self._encode_images(pixel_values, pixel_mask, local_feature_maps, **kwargs)
+
+    def _encode_tiles(
+        self, tiles: Tensor | None, tile_grids: Tensor, tile_batch_size: int | None
+    ) -> tuple[Tensor | None, ...]:
+        if tiles is None or not len(tiles):
+            return (None,) * len(tile_grids)
+        # No one sees the attention weights of tiles, so they need not be made.
+        features = [
+            self.encoder(some, attn_implementation=self.config._attn_implementation)
+            for some in tiles.split(tile_batch_size or len(tiles))
+        ]
+        return stitch_tiles(torch.cat(features), tile_grids)
+
+    # Apart from the tiles, whose blocks' outputs would be recorded too.
+    @capture_outputs(tie_last_hidden_states=False)
+    def _encode_images(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None,
+        local_feature_maps: tuple[Tensor | None, ...] | None,
+        **kwargs: Any,
+    ) -> ImageEncoderViTModelOutput:
         wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         # Only the eager path has attention weights to return, so a call that asks for them takes it.
         attn_implementation = "eager" if wants_attentions else self.config._attn_implementation
@@ -477,7 +519,22 @@ class ImageEncoderViTModel(PreTrainedModel):
             last_hidden_state=features,
             pooler_output=mean_over_cells(features, pixel_values, pixel_mask, self.encoder.stride),
             patch_embeds=features.flatten(2).transpose(1, 2),
+            local_feature_maps=local_feature_maps,
         )
+
+
+def check_tiles(num_images: int, tiles: Tensor | None, tile_grids: Tensor, tile_batch_size: int | None) -> None:
+    """
+    Checks that tiles and the grids of `num_images` images hold together.
+
+    Raises:
+        ValueError: Naming what does not fit.
+    """
+    if len(tile_grids) != num_images:
+        raise ValueError(f"tile_grids must have a row for each of {num_images} images, got {len(tile_grids)}.")
+    checked_tile_grids(tile_grids, 0 if tiles is None else len(tiles))
+    if tile_batch_size is not None and tile_batch_size < 1:
+        raise ValueError(f"tile_batch_size must be at least 1, got {tile_batch_size}.")
 
 
 def check_pixel_values(pixel_values: Tensor, in_chans: int, patch_size: int) -> None:

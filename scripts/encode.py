@@ -21,6 +21,7 @@ from transformers.utils import logging
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 from image_encoder_vit.feature_pictures import page_beside_features
 from image_encoder_vit.image_geometry_image_encoder_vit import Region, Size
+from image_encoder_vit.image_presets_image_encoder_vit import PRESETS
 from image_encoder_vit.image_processing_image_encoder_vit import open_image, to_rgb
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
@@ -35,13 +36,17 @@ RANDOM_WEIGHTS_NOTICE = (
 
 
 class Encoded(NamedTuple):
-    """One image's features (C, h, w) on the host, and what the processor said about its place on the canvas."""
+    """
+    One image's features (C, h, w) on the host, and what the processor said about its place on the canvas. `local` is
+    the stitched map of its tiles, None if it has none.
+    """
 
     name: str
     page: Image.Image
     features: torch.Tensor
     original_size: Size
     valid_region: Region
+    local: torch.Tensor | None
 
 
 def main() -> int:
@@ -51,7 +56,7 @@ def main() -> int:
     try:
         paths = find_images(arguments.images)
         device = choose_device(arguments.device)
-        processor, model = load_encoder(arguments.checkpoint, device, arguments.dtype)
+        processor, model = load_encoder(arguments.checkpoint, device, arguments.dtype, arguments.preset)
     except (OSError, ValueError) as error:
         print(f"error: {first_lines(error)}", file=sys.stderr)
         return 2
@@ -88,6 +93,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="where features go")
     parser.add_argument("--device", default="auto", help='"auto" (default), "cpu", "cuda", "cuda:1", "mps", ...')
     parser.add_argument("--dtype", choices=[*DTYPES], help="default: the checkpoint's, float32 for random weights")
+    parser.add_argument(
+        "--preset", choices=[*PRESETS], help="views of each image; gundam adds tiles (default: the checkpoint's)"
+    )
     parser.add_argument("--no-pad", dest="pad", action="store_false", help="keep the aspect ratio without padding")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw each page beside its features")
     return parser.parse_args()
@@ -127,7 +135,9 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"Cannot use --device {name}: {first_lines(error, 1)}") from error
 
 
-def load_encoder(checkpoint: str | None, device: torch.device, dtype: str | None) -> tuple[Any, Any]:
+def load_encoder(
+    checkpoint: str | None, device: torch.device, dtype: str | None, preset: str | None
+) -> tuple[Any, Any]:
     """
     The processor and the model of a checkpoint, in eval mode on the device; random weights where none is named.
 
@@ -138,7 +148,7 @@ def load_encoder(checkpoint: str | None, device: torch.device, dtype: str | None
         print(RANDOM_WEIGHTS_NOTICE)
         torch.manual_seed(RANDOM_SEED)
         model = ImageEncoderViTModel(ImageEncoderViTConfig())
-        processor: Any = ImageEncoderViTImageProcessorPil()
+        processor: Any = ImageEncoderViTImageProcessorPil(preset=preset)
         if dtype:
             model = model.to(DTYPES[dtype])
     else:
@@ -149,7 +159,7 @@ def load_encoder(checkpoint: str | None, device: torch.device, dtype: str | None
                 f"the encoder inside, take it out first: scripts/pull_from_hub.py {checkpoint} FOLDER"
             )
         model = ImageEncoderViTModel.from_pretrained(checkpoint, dtype=DTYPES[dtype] if dtype else "auto")
-        processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # the exact one
+        processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", preset=preset)  # the exact one
     return processor, model.to(device).eval()
 
 
@@ -159,8 +169,9 @@ def encode_image(path: Path, processor: Any, model: Any, *, do_pad: bool) -> tup
     page = to_rgb(open_image(path))
     start = time.perf_counter()
     inputs = processor(page, return_tensors="pt", do_pad=do_pad)
-    outputs = model(inputs["pixel_values"].to(model.device))
+    outputs = model(**inputs.to(model.device))
     features = outputs.last_hidden_state[0].cpu()
+    local = outputs.local_feature_maps[0] if outputs.local_feature_maps else None
     elapsed_s = time.perf_counter() - start
     height_px, width_px = inputs["pixel_values"].shape[2:]
     patch_px = model.config.patch_size
@@ -169,21 +180,30 @@ def encode_image(path: Path, processor: Any, model: Any, *, do_pad: bool) -> tup
         f"grid {height_px // patch_px} x {width_px // patch_px}, "
         f"features {tuple(features.shape)}, {outputs.patch_embeds.shape[1]} tokens, {elapsed_s:.2f} s"
     )
+    if local is not None:
+        rows, columns = inputs["tile_grids"][0].tolist()
+        report += f", {rows} x {columns} tiles, features {tuple(local.shape)}"
     height, width = inputs["original_sizes"][0].tolist()
     top, left, valid_height, valid_width = inputs["valid_regions"][0].tolist()
-    encoded = Encoded(str(path), page, features, (height, width), (top, left, valid_height, valid_width))
-    return encoded, report
+    region = (top, left, valid_height, valid_width)
+    local = local.cpu() if local is not None else None
+    return Encoded(str(path), page, features, (height, width), region, local), report
 
 
 def write_features(encoded: list[Encoded], output: Path, checkpoint: str | None) -> None:
-    """Writes one tensor (C, h, w) an image, named by its path, and where it lies on its canvas as metadata."""
+    """
+    Writes one tensor (C, h, w) an image, named by its path, one more with ":tiles" after the name where it has tiles,
+    and where each image lies on its canvas as metadata.
+    """
     images = {e.name: {"original_size": e.original_size, "valid_region": e.valid_region} for e in encoded}
     metadata = {"images": json.dumps(images), "checkpoint": checkpoint or f"random weights, seed {RANDOM_SEED}"}
+    tensors = {e.name: e.features.contiguous() for e in encoded}
+    tensors |= {f"{e.name}:tiles": e.local.contiguous() for e in encoded if e.local is not None}
     output.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so that an interrupted run leaves no half file under the name asked for.
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        save_file({e.name: e.features.contiguous() for e in encoded}, partial, metadata=metadata)
+        save_file(tensors, partial, metadata=metadata)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)

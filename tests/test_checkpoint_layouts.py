@@ -83,7 +83,7 @@ def test_each_family_has_its_own_preprocessing(
     assert settings["image_mean"][0] == mean
     assert settings.get("padding_color") == padding
     assert settings.get("padding_position") == position
-    assert settings.get("keep_aspect_ratio") is keep
+    assert settings["keep_aspect_ratio"] is (keep is not False)
     assert settings["resample"] == resample
     assert settings["size"] == {"height": 128, "width": 128}
     assert settings.get("tile_size") == (768 if kind == "deepseek-ocr-2" else None)

@@ -72,6 +72,24 @@ def test_a_folder_of_images(images: Path, model_folder: str, tmp_path: Path) -> 
     assert [path.name for path in output.parent.iterdir()] == ["features.safetensors"]
 
 
+def test_a_preset_with_tiles(model_folder: str, images: Path, tmp_path: Path) -> None:
+    output, small = tmp_path / "features.safetensors", images / "b.png"
+    arguments = ("--checkpoint", model_folder, "--output", output, "--preset", "gundam")
+    result = encode(SAMPLE_PAGE, small, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "1754 x 1240 px -> 1024 x 1024 px, grid 64 x 64, features (20, 16, 16)" in result.stdout
+    assert result.stdout.count(", 3 x 2 tiles, features (20, 30, 20)") == 1
+    features = load_file(output)
+    assert features.keys() == {str(SAMPLE_PAGE), f"{SAMPLE_PAGE}:tiles", str(small)}
+    processor = ImageEncoderViTImageProcessorPil.from_preset("gundam")
+    with torch.inference_mode():
+        expected = AutoModel.from_pretrained(model_folder)(**processor(str(SAMPLE_PAGE), return_tensors="pt"))
+    torch.testing.assert_close(features[f"{SAMPLE_PAGE}:tiles"], expected.local_feature_maps[0], rtol=1e-4, atol=1e-5)
+    unknown = encode(small, *arguments[:-1], "huge")
+    assert unknown.returncode == 2
+    assert "invalid choice: 'huge'" in unknown.stderr
+
+
 def test_a_checkpoint_from_the_hub(hub: HubServer, home: Path, images: Path, model_folder: str, tmp_path: Path) -> None:
     hub.add_repository("encode/model", folder_files(Path(model_folder)))
     arguments = [images / "a.jpg", "--checkpoint", "encode/model", "--output", "hub.safetensors"]

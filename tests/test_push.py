@@ -30,7 +30,9 @@ CODE = {
     "attention_image_encoder_vit.py",
     "cpu_inference_image_encoder_vit.py",
     "configuration_image_encoder_vit.py",
+    "feature_maps_image_encoder_vit.py",
     "image_geometry_image_encoder_vit.py",
+    "image_presets_image_encoder_vit.py",
     "image_processing_image_encoder_vit.py",
     "modeling_image_encoder_vit.py",
 }
