@@ -1,7 +1,179 @@
 """
-The tests of transformers' common suites that do not apply to this package: by suite, reason and name. Names may end in
-a `*` where the suite makes a series of tests out of one. Every entry has to fail or be skipped by the suite itself, and
-every other test has to pass.
+The tests of transformers' common suites that do not apply to this package: by suite, reason and name. Every entry has
+to fail or be skipped by the suite itself, and every other test has to pass.
 """
 
-NOT_APPLICABLE: dict[str, dict[str, list[str]]] = {}
+NOT_APPLICABLE: dict[str, dict[str, list[str]]] = {
+    "Model": {
+        "Models composed of several: the encoder has one configuration.": [
+            "test_attn_implementation_composite_models",
+            "test_can_set_attention_dynamically_composite_model",
+            "test_internal_model_config_and_subconfig_are_same",
+            "test_sdpa_can_dispatch_composite_models",
+        ],
+        "Weights are saved under the names they have; there is no conversion to reverse.": [
+            "test_can_load_from_already_mapped_keys",
+            "test_reverse_loading_mapping",
+        ],
+        "Needs an accelerator or an optional library of kernels; offloading to the CPU and to disk is in test_accelerate.py.": [
+            "test_can_load_with_device_context_manager",
+            "test_can_load_with_global_device_set",
+            "test_cpu_offload",
+            "test_disk_offload_bin",
+            "test_disk_offload_safetensors",
+            "test_flex_attention_with_grads",
+            "test_kernels_can_load_without_crashing",
+            "test_model_parallelism",
+            "test_sdpa_can_compile_dynamic",
+            "test_torch_compile_for_training",
+        ],
+        "Language modelling heads: the encoder has none.": [
+            "test_causal_lm_loss_honors_shift_labels",
+            "test_encoder_decoder_loss_no_double_shift",
+            "test_model_weights_reload_no_missing_tied_weights",
+            "test_tied_head_has_a_tp_plan_entry",
+        ],
+        "Mixture of experts: the encoder has none.": [
+            "test_eager_matches_batched_and_grouped_inference_0_fp16",
+            "test_eager_matches_batched_and_grouped_inference_1_fp32",
+            "test_eager_matches_batched_and_grouped_inference_2_bf16",
+            "test_moe_models_record_router_logits",
+            "test_output_router_logits_from_config",
+        ],
+        "Skipped by the suite for models without an `output_attentions` argument.": [
+            "test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions",
+        ],
+        "Needs a loss, which the encoder alone has none of; the suite Training and test_training.py train it with a head.": [
+            "test_enable_input_require_grads_with_gradient_checkpointing",
+            "test_training",
+            "test_training_gradient_checkpointing",
+            "test_training_gradient_checkpointing_use_reentrant_false",
+            "test_training_gradient_checkpointing_use_reentrant_true",
+        ],
+        "Needs a GPU and flash attention, whose kernels take no bias that depends on the query.": [
+            "test_flash_attn_2_can_compile_with_attention_mask_None_without_graph_break",
+            "test_flash_attn_2_can_dispatch_composite_models",
+            "test_flash_attn_2_fp32_ln",
+            "test_flash_attn_2_from_config",
+            "test_flash_attn_2_inference_equivalence",
+            "test_flash_attn_2_inference_equivalence_right_padding",
+            "test_flash_attn_3_can_dispatch_composite_models",
+            "test_flash_attn_3_from_config",
+            "test_flash_attn_3_inference_equivalence",
+            "test_flash_attn_3_inference_equivalence_right_padding",
+            "test_flash_attn_4_can_dispatch_composite_models",
+            "test_flash_attn_4_from_config",
+            "test_flash_attn_4_inference_equivalence",
+            "test_flash_attn_4_inference_equivalence_right_padding",
+            "test_flash_attn_kernels_inference_equivalence",
+            "test_flash_attn_kernels_mps_inference_equivalence",
+            "test_sdpa_can_dispatch_on_flash",
+        ],
+        "Token embeddings: the encoder has no vocabulary.": [
+            "test_inputs_embeds",
+            "test_resize_embeddings_untied",
+            "test_resize_embeddings_untied_no_reinit_on_post_init",
+            "test_resize_embeddings_untied_with_deepspeed",
+            "test_resize_embeddings_untied_with_deepspeed_multi_gpu",
+            "test_resize_tokens_embeddings",
+            "test_resize_tokens_embeddings_with_deepspeed",
+            "test_resize_tokens_embeddings_with_deepspeed_multi_gpu",
+        ],
+        "No module has to stay in float32.": [
+            "test_keep_in_fp32_modules",
+            "test_keep_in_fp32_modules_exist",
+        ],
+        "Expects nn.Embedding; patches are embedded by a convolution.": [
+            "test_model_get_set_embeddings",
+        ],
+        "Rotary positions and sliding windows of language models; the encoder's positions are tables.": [
+            "test_model_rope_scaling_frequencies",
+            "test_model_rope_scaling_from_config_0_linear",
+            "test_model_rope_scaling_from_config_1_dynamic",
+            "test_model_rope_scaling_from_config_2_yarn",
+            "test_model_rope_with_partial_rotation",
+            "test_sliding_window_mask",
+            "test_vision_axial_rope",
+        ],
+        "Position tables are resized in the forward pass, not by a method.": [
+            "test_resize_position_vector_embeddings",
+        ],
+        "Tensor parallelism: the encoder has no plan for it, its blocks fit on any device.": [
+            "test_tp_plan_matches_params",
+        ],
+    },
+    "Backbone": {
+        "Expects no stage after the blocks; here neck, net_2 and net_3 follow. test_backbone.py checks the choice.": [
+            "test_config",
+        ],
+    },
+    "ImageProcessing": {
+        "Needs torchvision, which `make test-torchvision` has; test_image_processing_torchvision.py compares the backends.": [
+            "test_backends_equivalence",
+            "test_backends_equivalence_batched",
+            "test_can_compile_torchvision_backend",
+            "test_fast_image_processor_explicit_none_preserved",
+            "test_new_models_require_torchvision_backend",
+            "test_save_load_backends",
+            "test_save_load_backends_auto",
+        ],
+        "Images of 4 channels without conversion to RGB: the encoder takes RGB.": [
+            "test_call_numpy_4_channels",
+        ],
+        "Skipped by the suite for processors whose arguments are typed and whose `size` is a SizeDict.": [
+            "test_image_processor_preprocess_arguments",
+            "test_override_instance_attributes_does_not_affect_other_instances",
+        ],
+        "Marked slow by the suite; here torchvision is never installed.": [
+            "test_pil_can_run_without_torchvision",
+        ],
+    },
+    "Pipeline": {
+        "The encoder has no head for this task.": [
+            "test_pipeline_any_to_any",
+            "test_pipeline_any_to_any_fp16",
+            "test_pipeline_audio_classification",
+            "test_pipeline_audio_classification_fp16",
+            "test_pipeline_automatic_speech_recognition",
+            "test_pipeline_automatic_speech_recognition_fp16",
+            "test_pipeline_depth_estimation",
+            "test_pipeline_depth_estimation_fp16",
+            "test_pipeline_document_question_answering",
+            "test_pipeline_document_question_answering_fp16",
+            "test_pipeline_feature_extraction",
+            "test_pipeline_feature_extraction_fp16",
+            "test_pipeline_fill_mask",
+            "test_pipeline_fill_mask_fp16",
+            "test_pipeline_image_classification",
+            "test_pipeline_image_classification_fp16",
+            "test_pipeline_image_segmentation",
+            "test_pipeline_image_segmentation_fp16",
+            "test_pipeline_image_text_to_text",
+            "test_pipeline_image_text_to_text_fp16",
+            "test_pipeline_mask_generation",
+            "test_pipeline_mask_generation_fp16",
+            "test_pipeline_object_detection",
+            "test_pipeline_object_detection_fp16",
+            "test_pipeline_table_question_answering",
+            "test_pipeline_table_question_answering_fp16",
+            "test_pipeline_text_classification",
+            "test_pipeline_text_classification_fp16",
+            "test_pipeline_text_generation",
+            "test_pipeline_text_generation_fp16",
+            "test_pipeline_text_to_audio",
+            "test_pipeline_text_to_audio_fp16",
+            "test_pipeline_token_classification",
+            "test_pipeline_token_classification_fp16",
+            "test_pipeline_video_classification",
+            "test_pipeline_video_classification_fp16",
+            "test_pipeline_zero_shot",
+            "test_pipeline_zero_shot_audio_classification",
+            "test_pipeline_zero_shot_audio_classification_fp16",
+            "test_pipeline_zero_shot_fp16",
+            "test_pipeline_zero_shot_image_classification",
+            "test_pipeline_zero_shot_image_classification_fp16",
+            "test_pipeline_zero_shot_object_detection",
+            "test_pipeline_zero_shot_object_detection_fp16",
+        ],
+    },
+}
