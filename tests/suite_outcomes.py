@@ -7,7 +7,6 @@ the suite itself, any other has to pass, and the counts are printed at the end.
 
 from collections import Counter
 from collections.abc import Generator
-from fnmatch import fnmatchcase
 
 import pytest
 from suites_not_applicable import NOT_APPLICABLE
@@ -27,10 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def reason_of(suite: str, test: str) -> str | None:
     """Why a test does not apply, or None if it does."""
-    for reason, patterns in NOT_APPLICABLE.get(suite, {}).items():
-        if any(fnmatchcase(test, pattern) for pattern in patterns):
-            return reason
-    return None
+    return next((reason for reason, tests in NOT_APPLICABLE.get(suite, {}).items() if test in tests), None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -52,7 +48,8 @@ def pytest_runtest_makereport(
         report.longrepr = f"Passes, but suites_not_applicable.py lists it: {reason}"
     elif report.when == "call" and not report.passed:
         report.outcome = "skipped"
-        report.longrepr = (str(item.path), item.location[1] or 0, f"Not applicable: {reason}")
+        # Without a line, pytest's summary folds the tests of one reason into one entry.
+        report.longrepr = (str(item.path), None, f"Not applicable: {reason}")
     return report
 
 

@@ -15,7 +15,7 @@ NOT_APPLICABLE: dict[str, dict[str, list[str]]] = {
             "test_can_load_from_already_mapped_keys",
             "test_reverse_loading_mapping",
         ],
-        "Needs an accelerator or an optional library of kernels; offloading to the CPU and to disk is in test_accelerate.py.": [
+        "Needs an accelerator or a library of kernels; test_accelerate.py offloads to the CPU and to disk.": [
             "test_can_load_with_device_context_manager",
             "test_can_load_with_global_device_set",
             "test_cpu_offload",
@@ -30,7 +30,6 @@ NOT_APPLICABLE: dict[str, dict[str, list[str]]] = {
         "Language modelling heads: the encoder has none.": [
             "test_causal_lm_loss_honors_shift_labels",
             "test_encoder_decoder_loss_no_double_shift",
-            "test_model_weights_reload_no_missing_tied_weights",
             "test_tied_head_has_a_tp_plan_entry",
         ],
         "Mixture of experts: the encoder has none.": [
@@ -43,7 +42,7 @@ NOT_APPLICABLE: dict[str, dict[str, list[str]]] = {
         "Skipped by the suite for models without an `output_attentions` argument.": [
             "test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions",
         ],
-        "Needs a loss, which the encoder alone has none of; the suite Training and test_training.py train it with a head.": [
+        "Needs a loss, which takes a head: the suite Training and test_training.py have one.": [
             "test_enable_input_require_grads_with_gradient_checkpointing",
             "test_training",
             "test_training_gradient_checkpointing",
@@ -108,7 +107,7 @@ NOT_APPLICABLE: dict[str, dict[str, list[str]]] = {
         ],
     },
     "ImageProcessing": {
-        "Needs torchvision, which `make test-torchvision` has; test_image_processing_torchvision.py compares the backends.": [
+        "Needs torchvision; `make test-torchvision` compares the backends.": [
             "test_backends_equivalence",
             "test_backends_equivalence_batched",
             "test_can_compile_torchvision_backend",
