@@ -14,7 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
+    Mask2FormerModel,
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
@@ -220,17 +220,17 @@ def test_mask2former_segments_on_maps_of_several_strides(tmp_path: Path) -> None
         common_stride=16,
         num_labels=3,
     )
-    model = Mask2FormerForUniversalSegmentation(config)
-    backbone = model.model.pixel_level_module.encoder
+    model = Mask2FormerModel(config)
+    backbone = model.pixel_level_module.encoder
     assert type(backbone) is ImageEncoderViTBackbone
     randomize(backbone)
     outputs = model(random_pixels(1, 3, 128, 128))
-    assert outputs.class_queries_logits.shape == (1, 5, 4)
-    assert outputs.masks_queries_logits.shape == (1, 5, 8, 8)
+    queries, masks = outputs.transformer_decoder_last_hidden_state, outputs.masks_queries_logits[-1]
+    assert (queries.shape, masks.shape) == ((1, 5, 32), (1, 5, 8, 8))
     # Its own loss matches queries to objects, which takes SciPy.
-    loss = outputs.class_queries_logits.square().mean() + outputs.masks_queries_logits.square().mean()
+    loss = queries[..., 0].square().mean() + masks.square().mean()
     assert_trains(model, loss, backbone, last="net_3")
     model.eval().save_pretrained(tmp_path)
-    loaded = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path)
+    loaded = Mask2FormerModel.from_pretrained(tmp_path)
     pixels = random_pixels(1, 3, 128, 128, seed=1)
-    torch.testing.assert_close(loaded(pixels).class_queries_logits, model(pixels).class_queries_logits)
+    torch.testing.assert_close(loaded(pixels).masks_queries_logits[-1], model(pixels).masks_queries_logits[-1])
