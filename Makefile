@@ -42,6 +42,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --no-deps --target $(VENV)/torchao torchao
+	$(VENV)/bin/python tests/transformers_suites.py
 	touch $@
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
@@ -55,4 +56,4 @@ $(VENV_TORCHVISION)/.installed: pyproject.toml constraints-torchvision.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_TORCHVISION) out
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_TORCHVISION) .suites_cache out

@@ -1,6 +1,6 @@
 """SAM's ViT image encoder for transformers. Importing the package registers its classes with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoModel
 
 # Older releases ask for torchvision when it is imported from the top of transformers, although it works without.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -10,10 +10,16 @@ from .configuration_image_encoder_vit import ImageEncoderViTConfig
 from .feature_maps_image_encoder_vit import FeatureMap, ImageFeatureMaps, stitch_tiles
 from .image_geometry_image_encoder_vit import cell_to_pixels
 from .image_processing_image_encoder_vit import ImageEncoderViTImageProcessor, ImageEncoderViTImageProcessorPil
-from .modeling_image_encoder_vit import ImageEncoderViT, ImageEncoderViTModel, ImageEncoderViTModelOutput
+from .modeling_image_encoder_vit import (
+    ImageEncoderViT,
+    ImageEncoderViTBackbone,
+    ImageEncoderViTModel,
+    ImageEncoderViTModelOutput,
+)
 
 AutoConfig.register(ImageEncoderViTConfig.model_type, ImageEncoderViTConfig)
 AutoModel.register(ImageEncoderViTConfig, ImageEncoderViTModel)
+AutoBackbone.register(ImageEncoderViTConfig, ImageEncoderViTBackbone)
 _image_processors: dict[str, type] = {"pil": ImageEncoderViTImageProcessorPil}
 if is_torchvision_available():
     _image_processors["torchvision"] = ImageEncoderViTImageProcessor
@@ -22,12 +28,14 @@ AutoImageProcessor.register(ImageEncoderViTConfig, image_processor_classes=_imag
 # save_pretrained then writes the code beside the weights, so that they load where this package is not installed.
 ImageEncoderViTConfig.register_for_auto_class()
 ImageEncoderViTModel.register_for_auto_class("AutoModel")
+ImageEncoderViTBackbone.register_for_auto_class("AutoBackbone")
 ImageEncoderViTImageProcessorPil.register_for_auto_class("AutoImageProcessor")
 ImageEncoderViTImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
     "FeatureMap",
     "ImageEncoderViT",
+    "ImageEncoderViTBackbone",
     "ImageEncoderViTConfig",
     "ImageEncoderViTImageProcessor",
     "ImageEncoderViTImageProcessorPil",

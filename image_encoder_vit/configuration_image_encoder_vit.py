@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -32,8 +33,12 @@ TRANSFORMERS_KEYWORDS = frozenset(
 )
 
 
+# The choice of a backbone's feature maps: no dataclass fields, for the two settle each other.
+BACKBONE_KEYWORDS = ("out_features", "out_indices")
+
+
 @strict
-class ImageEncoderViTConfig(PreTrainedConfig):
+class ImageEncoderViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Shape of an [`ImageEncoderViTModel`]. The names published with the encoder are accepted for the same fields:
     `embed_dim`, `depth`, `num_heads`, `in_chans`, `img_size`, `out_chans`.
@@ -56,6 +61,9 @@ class ImageEncoderViTConfig(PreTrainedConfig):
         use_abs_pos: Whether the absolute position table `pos_embed` exists.
         use_rel_pos: Whether the decomposed relative position tables exist.
         initializer_range: Standard deviation of newly initialised weights.
+        out_features: Feature maps that an [`ImageEncoderViTBackbone`] returns: some of `stage_names`, in their order;
+            the last one by default. Models do not use it.
+        out_indices: The same by index into `stage_names`.
 
     Raises:
         ValueError: For values that make no encoder, and for keywords that neither this class nor transformers knows.
@@ -93,10 +101,64 @@ class ImageEncoderViTConfig(PreTrainedConfig):
         for keyword in kwargs:
             if not self._is_known(keyword):
                 raise ValueError(self._describe_unknown(keyword, kwargs[keyword]))
+        self.set_output_features_output_indices(*(kwargs.pop(keyword, None) for keyword in BACKBONE_KEYWORDS))
         # JSON knows no tuples: lists keep a config equal to itself after a round trip.
         self.global_attn_indexes = list(self.global_attn_indexes)
         self.downsample_channels = list(self.downsample_channels)
         super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of a backbone's feature maps: "stem", "stage1" to "stage12", "neck", "net_2", "net_3"."""
+        return [
+            "stem",
+            *(f"stage{index + 1}" for index in range(self.num_hidden_layers)),
+            "neck",
+            *(f"net_{index + 2}" for index in range(len(self.downsample_channels))),
+        ]
+
+    @property
+    def out_features(self) -> list[str]:
+        """The feature maps chosen, by name: the last one, as long as none is."""
+        return self.stage_names[-1:] if self._out_features is None else self._out_features
+
+    @out_features.setter
+    def out_features(self, out_features: list[str] | None) -> None:
+        self.set_output_features_output_indices(out_features, None)
+
+    @property
+    def out_indices(self) -> list[int]:
+        """The feature maps chosen, by index into `stage_names`: the last one, as long as none is."""
+        return [len(self.stage_names) - 1] if self._out_indices is None else self._out_indices
+
+    @out_indices.setter
+    def out_indices(self, out_indices: list[int] | tuple[int, ...] | None) -> None:
+        self.set_output_features_output_indices(None, out_indices)
+
+    def set_output_features_output_indices(
+        self, out_features: list[str] | None, out_indices: list[int] | tuple[int, ...] | None
+    ) -> None:
+        """
+        Chooses the feature maps of a backbone by name, by index, or by both if they agree. Without either, the choice
+        is left open instead of fixed to a name, so that it follows the number of stages and leaves no trace in
+        config.json.
+
+        Raises:
+            ValueError: If they are no lists of stages in their order, or do not agree.
+        """
+        check_out_features(self.stage_names, out_features, out_indices)
+        if out_features is None and out_indices is None:
+            self._out_features, self._out_indices = None, None
+        else:
+            super().set_output_features_output_indices(
+                None if out_features is None else list(out_features), None if out_indices is None else list(out_indices)
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-friendly values; the choice of feature maps only where one was made."""
+        values = super().to_dict()
+        chosen = self._out_features is not None
+        return {name: value for name, value in values.items() if chosen or name not in BACKBONE_KEYWORDS}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -131,7 +193,12 @@ class ImageEncoderViTConfig(PreTrainedConfig):
 
     @classmethod
     def _known_keywords(cls) -> set[str]:
-        return {field.name for field in fields(cls)} | set(cls.attribute_map) | TRANSFORMERS_KEYWORDS
+        return (
+            {field.name for field in fields(cls)}
+            | set(cls.attribute_map)
+            | {*BACKBONE_KEYWORDS}
+            | TRANSFORMERS_KEYWORDS
+        )
 
     @classmethod
     def _is_known(cls, keyword: str) -> bool:
@@ -139,7 +206,9 @@ class ImageEncoderViTConfig(PreTrainedConfig):
 
     @classmethod
     def _closest_keyword(cls, keyword: str) -> str | None:
-        matches = difflib.get_close_matches(keyword, sorted(cls._known_keywords()), n=1, cutoff=0.75)
+        # "out_features" resembles any name with "feature" in it, such as a newer library's.
+        candidates = sorted(cls._known_keywords() - {*BACKBONE_KEYWORDS})
+        matches = difflib.get_close_matches(keyword, candidates, n=1, cutoff=0.75)
         return matches[0] if matches else None
 
     @classmethod
@@ -151,7 +220,7 @@ class ImageEncoderViTConfig(PreTrainedConfig):
     @classmethod
     def _own_keywords(cls) -> set[str]:
         own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-        return own | set(cls.attribute_map)
+        return own | set(cls.attribute_map) | {*BACKBONE_KEYWORDS}
 
 
 def check_architecture(
@@ -207,6 +276,25 @@ def check_architecture(
         )
     if len(set(global_attn_indexes)) != len(global_attn_indexes):
         raise ValueError(f"global_attn_indexes names a block twice: {list(global_attn_indexes)}.")
+
+
+def check_out_features(stage_names: list[str], out_features: Any, out_indices: Any) -> None:
+    """
+    Checks that the feature maps chosen by name or index exist; transformers checks their order and agreement.
+
+    Raises:
+        ValueError: Naming the values seen and the stages there are.
+    """
+    stages = ", ".join(f"{index} {name}" for index, name in enumerate(stage_names))
+    for keyword, chosen, kind in (("out_features", out_features, str), ("out_indices", out_indices, int)):
+        if chosen is None:
+            continue
+        if not isinstance(chosen, (list, tuple)) or not chosen or any(type(entry) is not kind for entry in chosen):
+            raise ValueError(f"{keyword} must be a list of some of the stages {stages}; got {chosen!r}.")
+    unknown: list[Any] = [name for name in out_features or () if name not in stage_names]
+    unknown += [index for index in out_indices or () if not -len(stage_names) <= index < len(stage_names)]
+    if unknown:
+        raise ValueError(f"There are no stages {unknown}. A backbone of this configuration has {stages}.")
 
 
 __all__ = ["ImageEncoderViTConfig"]

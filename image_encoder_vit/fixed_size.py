@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,14 +107,13 @@ def at_size(encoder: ImageEncoderViT, grid: tuple[int, int], chunked: bool) -> I
     result = copy.deepcopy(encoder, memo=dict(weights))
     if result.pos_embed is not None:
         result.pos_embed = _constant(resize_pos_embed(result.pos_embed.detach(), grid))
-    for module in result.modules():
-        if not isinstance(module, ImageEncoderViTAttention):
-            continue
-        module.__class__ = FixedSizeAttention
-        module.chunked = chunked
-        if module.use_rel_pos and not module.window_size:
-            module.rel_pos_h = _constant(resize_table(module.rel_pos_h.detach(), grid[0]))
-            module.rel_pos_w = _constant(resize_table(module.rel_pos_w.detach(), grid[1]))
+    attention: Any
+    for attention in (module for module in result.modules() if isinstance(module, ImageEncoderViTAttention)):
+        attention.__class__ = FixedSizeAttention
+        attention.chunked = chunked
+        if attention.use_rel_pos and not attention.window_size:
+            attention.rel_pos_h = _constant(resize_table(attention.rel_pos_h.detach(), grid[0]))
+            attention.rel_pos_w = _constant(resize_table(attention.rel_pos_w.detach(), grid[1]))
     return result
 
 

@@ -1,12 +1,13 @@
 """
 The SAM-ViT image encoder ("Segment Anything", arXiv 2304.02643) as DeepSeek-OCR uses it (arXiv 2510.18234): in plain
-PyTorch as `ImageEncoderViT`, and wrapped for transformers as `ImageEncoderViTModel`.
+PyTorch as `ImageEncoderViT`, and wrapped for transformers as `ImageEncoderViTModel` and, for the heads of detection and
+segmentation models, as `ImageEncoderViTBackbone`.
 
 Letters in shapes: B images, H and W the grid in patches, C channels, h and w the grid of the last feature map.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -295,12 +298,16 @@ class ImageEncoderViT(nn.Module):
         """Side in px of the image area that one cell of the output stands for: 64 with net_2 and net_3, else 16."""
         return self.patch_size * 2 ** len(self.downsample_names)
 
-    def forward(self, x: Tensor, attn_implementation: str = "sdpa") -> Tensor:
+    def forward(
+        self, x: Tensor, attn_implementation: str = "sdpa", stages: Collection[str] | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """
         Encodes pixels (B, 3, height in px, width in px) to features (B, 1024, ceil(height / 64), ceil(width / 64)),
         or (B, 256, height / 16, width / 16) without downsampling.
 
-        `attn_implementation` is "sdpa" or "eager". Pixels are cast to the dtype of the weights.
+        `attn_implementation` is "sdpa" or "eager". Pixels are cast to the dtype of the weights. With `stages`, some of
+        the configuration's `stage_names`, it returns their feature maps in the order of computation, (B, C, h, w) each,
+        and computes nothing after the last one.
 
         Raises:
             ValueError: If x is not a non-empty batch of floating-point images whose sides the patch size divides.
@@ -314,12 +321,35 @@ class ImageEncoderViT(nn.Module):
             if positions.device != hidden.device:
                 positions = positions.to(hidden.device)
             hidden = hidden + positions
+        if stages is not None:
+            return self._feature_maps(hidden, attn_implementation, stages)
         for block in self.blocks:
             hidden = block(hidden, attn_implementation=attn_implementation)
         features = self.neck(hidden.permute(0, 3, 1, 2))  # (B, 256, H, W)
         for name in self.downsample_names:
             features = self.get_submodule(name)(features)
         return features
+
+    def _feature_maps(self, hidden: Tensor, attn_implementation: str, stages: Collection[str]) -> tuple[Tensor, ...]:
+        """The feature maps of `stages` from the embedded patches (B, H, W, C)."""
+        wanted = len(stages)
+        maps = []
+        if "stem" in stages:
+            maps.append(hidden.permute(0, 3, 1, 2).contiguous())
+        for index, block in enumerate(self.blocks):
+            if len(maps) == wanted:
+                return tuple(maps)
+            hidden = block(hidden, attn_implementation=attn_implementation)
+            if f"stage{index + 1}" in stages:
+                maps.append(hidden.permute(0, 3, 1, 2).contiguous())
+        features = hidden.permute(0, 3, 1, 2)
+        for name in ["neck", *self.downsample_names]:
+            if len(maps) == wanted:
+                break
+            features = self.get_submodule(name)(features)
+            if name in stages:
+                maps.append(features)
+        return tuple(maps)
 
 
 def encoder_of(config: ImageEncoderViTConfig) -> ImageEncoderViT:
@@ -366,11 +396,12 @@ class ImageEncoderViTModelOutput(ModelOutput):
     local_feature_maps: tuple[Tensor | None, ...] | None = None
 
 
-class ImageEncoderViTModel(PreTrainedModel):
+class ImageEncoderViTPreTrainedModel(PreTrainedModel):
     """
-    The encoder as a transformers model.
+    What the model and the backbone share: one encoder, its initialisation, and strict loading.
 
-    Its weights carry the published names below the one prefix `encoder.`; state dicts without the prefix load too.
+    The weights carry the published names below the one prefix `encoder.`; state dicts without the prefix load too. So
+    a folder saved by one class loads into the other.
     """
 
     config: ImageEncoderViTConfig
@@ -388,11 +419,6 @@ class ImageEncoderViTModel(PreTrainedModel):
         "hidden_states": OutputRecorder(ImageEncoderViTBlock, index=0),
         "attentions": OutputRecorder(ImageEncoderViTAttention, index=1),
     }
-
-    def __init__(self, config: ImageEncoderViTConfig) -> None:
-        super().__init__(config)
-        self.encoder = encoder_of(config)
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.patch_embed
@@ -454,6 +480,27 @@ class ImageEncoderViTModel(PreTrainedModel):
         if not any(name.startswith(prefix) for name in state_dict):
             state_dict = {prefix + name: value for name, value in state_dict.items()}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        Saves as `PreTrainedModel.save_pretrained` does. Where the code is saved too, the configuration names the
+        classes for AutoModel and AutoBackbone alike, whichever of them is saved.
+        """
+        if self._auto_class is not None:
+            module = __name__.rpartition(".")[2]
+            known = getattr(self.config, "auto_map", None) or {}
+            classes = {"AutoModel": "ImageEncoderViTModel", "AutoBackbone": "ImageEncoderViTBackbone"}
+            self.config.auto_map = known | {auto: f"{module}.{name}" for auto, name in classes.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class ImageEncoderViTModel(ImageEncoderViTPreTrainedModel):
+    """The encoder as a transformers model."""
+
+    def __init__(self, config: ImageEncoderViTConfig) -> None:
+        super().__init__(config)
+        self.encoder = encoder_of(config)
+        self.post_init()
 
     def forward(
         self,
@@ -521,6 +568,63 @@ class ImageEncoderViTModel(PreTrainedModel):
             patch_embeds=features.flatten(2).transpose(1, 2),
             local_feature_maps=local_feature_maps,
         )
+
+
+class ImageEncoderViTBackbone(BackboneMixin, ImageEncoderViTPreTrainedModel):
+    """
+    The encoder as a backbone for transformers' detection and segmentation models: the feature maps that
+    `config.out_features` names, each (B, C, h, w).
+
+    "stem" (patches with positions) and "stage1" to "stage12" (the blocks) have 768 channels at stride 16, "neck" 256 at
+    stride 16, "net_2" 512 at stride 32 and "net_3" 1024 at stride 64. It holds the weights of all stages, asked for or
+    not, so the folders of [`ImageEncoderViTModel`] load as they are.
+    """
+
+    def __init__(self, config: ImageEncoderViTConfig) -> None:
+        super().__init__(config)
+        self.num_features = [
+            *[config.hidden_size] * (1 + config.num_hidden_layers),
+            config.output_channels,
+            *config.downsample_channels,
+        ]
+        self.encoder = encoder_of(config)
+        self.post_init()
+
+    @property
+    def out_features(self) -> list[str]:
+        """The names of the feature maps, in the order in which they are returned."""
+        return self.config.out_features
+
+    @out_features.setter
+    def out_features(self, out_features: list[str] | None) -> None:
+        self.config.out_features = out_features
+
+    @property
+    def out_indices(self) -> list[int]:
+        """The same as indices into `stage_names`."""
+        return self.config.out_indices
+
+    @out_indices.setter
+    def out_indices(self, out_indices: list[int] | tuple[int, ...] | None) -> None:
+        self.config.out_indices = out_indices
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+        """
+        Computes the feature maps of a batch of images, up to the last one asked for.
+
+        Args:
+            pixel_values: (B, 3, height in px, width in px), both sides multiples of the patch size; cast to the dtype
+                of the weights.
+            kwargs: `output_hidden_states`, `output_attentions` (of the blocks computed), `return_dict`. The image
+                processor's other outputs are accepted and not used.
+
+        Raises:
+            ValueError: If `pixel_values` is not such a batch.
+        """
+        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        attn_implementation = "eager" if wants_attentions else self.config._attn_implementation
+        return BackboneOutput(feature_maps=self.encoder(pixel_values, attn_implementation, stages=self.out_features))
 
 
 def check_tiles(num_images: int, tiles: Tensor | None, tile_grids: Tensor, tile_batch_size: int | None) -> None:
@@ -608,4 +712,4 @@ def describe_misfit(source: str, misfit: Misfit) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["ImageEncoderViT", "ImageEncoderViTModel", "ImageEncoderViTModelOutput"]
+__all__ = ["ImageEncoderViT", "ImageEncoderViTBackbone", "ImageEncoderViTModel", "ImageEncoderViTModelOutput"]

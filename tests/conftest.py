@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from small import SMALL
+from suite_outcomes import pytest_configure, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401  Hooks.
 from torch import nn
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
