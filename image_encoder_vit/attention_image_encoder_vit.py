@@ -5,6 +5,10 @@ Letters in shapes: B images, N heads, D channels per head, H and W the grid in p
 position table, Q and K the number of queries and keys (tokens of one window or of the whole grid).
 """
 
+import importlib
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,16 +38,25 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.to(pos_embed.dtype).permute(0, 2, 3, 1)
 
 
+def resize_rel_pos(table: Tensor, length: int) -> Tensor:
+    """
+    Resizes a relative position table (L, D) for a side of `length` patches: (2 * length - 1, D), in its dtype. Linear,
+    computed in float32 (MViTv2, arXiv 2112.01526).
+    """
+    offsets = 2 * length - 1
+    if table.shape[0] == offsets:
+        return table
+    by_channel = at_least_float32(table).T[None]  # (1, D, L)
+    return F.interpolate(by_channel, size=offsets, mode="linear", align_corners=False)[0].T.to(table.dtype)
+
+
 def relative_positions(table: Tensor, length: int) -> Tensor:
     """
     Spreads a relative position table (L, D) into (length, length, D), where entry [q, k] belongs to the offset q - k.
 
-    The table is resized linearly, in float32, when it was trained for another length (MViTv2, arXiv 2112.01526).
+    The table is resized when it was trained for another length.
     """
-    offsets = 2 * length - 1
-    if table.shape[0] != offsets:
-        by_channel = at_least_float32(table).T[None]  # (1, D, L)
-        table = F.interpolate(by_channel, size=offsets, mode="linear", align_corners=False)[0].T.to(table.dtype)
+    table = resize_rel_pos(table, length)
     position = torch.arange(length, device=table.device)
     return table[position[:, None] - position[None, :] + (length - 1)]
 
@@ -110,6 +123,33 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, relative: tuple[Te
         for start in range(0, queries, chunk)
     ]
     return torch.cat(chunks, dim=2)
+
+
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor, Tensor]) -> Tensor:
+    """
+    The same through PyTorch's FlexAttention (arXiv 2412.05496), whose kernel adds the two parts of the bias to each
+    logit as it is computed: no bias exists, not even a chunk of it. Shapes as in `eager_attention`; returns
+    (B, N, Q, D). On a GPU it is compiled at the first call; elsewhere it runs unfused, for comparison only.
+    """
+    rel_h, rel_w = relative
+    width = rel_w.shape[-1]
+
+    def add_relative_bias(score: Tensor, b: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + rel_h[b, n, q, k // width] + rel_w[b, n, q, k % width]
+
+    attend = _compiled_flex_attention() if query.device.type == "cuda" else _flex_attention()
+    return attend(query, key, value, score_mod=add_relative_bias)
+
+
+def _flex_attention() -> Any:
+    # Not at the top: torch 2.4 has none.
+    return importlib.import_module("torch.nn.attention.flex_attention").flex_attention
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    # A kernel for each size: one for any size would be slower. In a model that is compiled as a whole, this is inlined.
+    return torch.compile(_flex_attention(), dynamic=False)
 
 
 def cpu_inference_attention(

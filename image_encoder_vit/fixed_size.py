@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .attention_image_encoder_vit import MAX_BIAS_VALUES, relative_bias, relative_logits, resize_pos_embed
+from .attention_image_encoder_vit import (
+    MAX_BIAS_VALUES,
+    relative_bias,
+    relative_logits,
+    resize_pos_embed,
+    resize_rel_pos,
+)
 from .modeling_image_encoder_vit import (
     ImageEncoderViT,
     ImageEncoderViTAttention,
@@ -112,17 +118,9 @@ def at_size(encoder: ImageEncoderViT, grid: tuple[int, int], chunked: bool) -> I
         attention.__class__ = FixedSizeAttention
         attention.chunked = chunked
         if attention.use_rel_pos and not attention.window_size:
-            attention.rel_pos_h = _constant(resize_table(attention.rel_pos_h.detach(), grid[0]))
-            attention.rel_pos_w = _constant(resize_table(attention.rel_pos_w.detach(), grid[1]))
+            attention.rel_pos_h = _constant(resize_rel_pos(attention.rel_pos_h.detach(), grid[0]))
+            attention.rel_pos_w = _constant(resize_rel_pos(attention.rel_pos_w.detach(), grid[1]))
     return result
-
-
-def resize_table(table: Tensor, length: int) -> Tensor:
-    """A relative position table (L, D) for a side of `length` patches: (2 * length - 1, D), resized linearly."""
-    offsets = 2 * length - 1
-    if table.shape[0] == offsets:
-        return table
-    return F.interpolate(table.T[None], size=offsets, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def export_program(encoder: FixedSizeEncoder) -> ExportedProgram:

@@ -20,12 +20,13 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_image_encoder_vit import (
     cpu_inference_attention,
     eager_attention,
+    flex_attention,
     relative_logits,
     resize_pos_embed,
     sdpa_attention,
@@ -40,6 +41,8 @@ from .cpu_inference_image_encoder_vit import (
     onednn_linear,
 )
 from .feature_maps_image_encoder_vit import checked_tile_grids, stitch_tiles
+
+logger = logging.get_logger(__name__)
 
 LAYER_NORM_EPS = 1e-6  # In every norm, LayerNorm2d included.
 MAX_NAMES_IN_ERROR = 12
@@ -156,6 +159,8 @@ class ImageEncoderViTAttention(nn.Module):
         weights = None
         if attn_implementation == "eager":
             attended, weights = eager_attention(query, key, value, relative)
+        elif attn_implementation == "flex_attention" and relative is not None and not self.window_size:
+            attended = flex_attention(query, key, value, relative)  # The bias of windows is small enough for sdpa.
         else:
             attended = sdpa_attention(query, key, value, relative)
         return attended.transpose(1, 2).reshape(batch, height, width, -1), weights
@@ -305,9 +310,10 @@ class ImageEncoderViT(nn.Module):
         Encodes pixels (B, 3, height in px, width in px) to features (B, 1024, ceil(height / 64), ceil(width / 64)),
         or (B, 256, height / 16, width / 16) without downsampling.
 
-        `attn_implementation` is "sdpa" or "eager". Pixels are cast to the dtype of the weights. With `stages`, some of
-        the configuration's `stage_names`, it returns their feature maps in the order of computation, (B, C, h, w) each,
-        and computes nothing after the last one.
+        `attn_implementation` is "sdpa", "eager", or "flex_attention", which is for GPUs and runs unfused elsewhere.
+        Pixels are cast to the dtype of the weights. With `stages`, some of the configuration's `stage_names`, it
+        returns their feature maps in the order of computation, (B, C, h, w) each, and computes nothing after the last
+        one.
 
         Raises:
             ValueError: If x is not a non-empty batch of floating-point images whose sides the patch size divides.
@@ -411,9 +417,9 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     # The bias depends on the query, which no flash attention kernel takes.
     _supports_flash_attn = False
-    _supports_flex_attn = False
     _no_split_modules = ["ImageEncoderViTBlock"]
     _can_record_outputs = {
         "hidden_states": OutputRecorder(ImageEncoderViTBlock, index=0),
@@ -481,6 +487,21 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
             state_dict = {prefix + name: value for name, value in state_dict.items()}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
+    def _attention_of_call(self, pixel_values: Tensor, options: Mapping[str, Any]) -> str:
+        """The attention implementation for a forward pass with these options."""
+        # Only the eager path has attention weights to return, so a call that asks for them takes it.
+        if options.get("output_attentions", self.config.output_attentions):
+            return "eager"
+        chosen = self.config._attn_implementation
+        if chosen == "flex_attention" and pixel_values.device.type != "cuda":
+            if not torch.compiler.is_compiling():
+                logger.warning_once(
+                    f"attn_implementation='flex_attention' is for CUDA GPUs: on {pixel_values.device.type!r} this "
+                    "encoder computes the same through 'sdpa'."
+                )
+            return "sdpa"
+        return chosen
+
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """
         Saves as `PreTrainedModel.save_pretrained` does. Where the code is saved too, the configuration names the
@@ -543,8 +564,9 @@ class ImageEncoderViTModel(ImageEncoderViTPreTrainedModel):
         if tiles is None or not len(tiles):
             return (None,) * len(tile_grids)
         # No one sees the attention weights of tiles, so they need not be made.
+        attn_implementation = self._attention_of_call(tiles, {"output_attentions": False})
         features = [
-            self.encoder(some, attn_implementation=self.config._attn_implementation)
+            self.encoder(some, attn_implementation=attn_implementation)
             for some in tiles.split(tile_batch_size or len(tiles))
         ]
         return stitch_tiles(torch.cat(features), tile_grids)
@@ -558,10 +580,7 @@ class ImageEncoderViTModel(ImageEncoderViTPreTrainedModel):
         local_feature_maps: tuple[Tensor | None, ...] | None,
         **kwargs: Any,
     ) -> ImageEncoderViTModelOutput:
-        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        # Only the eager path has attention weights to return, so a call that asks for them takes it.
-        attn_implementation = "eager" if wants_attentions else self.config._attn_implementation
-        features = self.encoder(pixel_values, attn_implementation=attn_implementation)
+        features = self.encoder(pixel_values, attn_implementation=self._attention_of_call(pixel_values, kwargs))
         return ImageEncoderViTModelOutput(
             last_hidden_state=features,
             pooler_output=mean_over_cells(features, pixel_values, pixel_mask, self.encoder.stride),
@@ -622,8 +641,7 @@ class ImageEncoderViTBackbone(BackboneMixin, ImageEncoderViTPreTrainedModel):
         Raises:
             ValueError: If `pixel_values` is not such a batch.
         """
-        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        attn_implementation = "eager" if wants_attentions else self.config._attn_implementation
+        attn_implementation = self._attention_of_call(pixel_values, kwargs)
         return BackboneOutput(feature_maps=self.encoder(pixel_values, attn_implementation, stages=self.out_features))
 
 
