@@ -328,6 +328,7 @@ class Run:
     units: list[int]
     pages: int = 0
     seconds: float = 0.0
+    first_page_s: float = 0.0
     waiting_s: float = 0.0
     model_s: float = 0.0
     memory_mb: list[float] = field(default_factory=list)
@@ -373,7 +374,11 @@ class Run:
         while True:
             start = time.perf_counter()
             page = next(source, None)
-            self.waiting_s += time.perf_counter() - start
+            waited_s = time.perf_counter() - start
+            if self.pages == 0:
+                self.first_page_s = waited_s  # The workers are still starting.
+            else:
+                self.waiting_s += waited_s
             if page is None:
                 return
             self.pages += 1
@@ -431,13 +436,14 @@ def finish(run: Run) -> int:
     encoded, rejects = merge(output, run.plan.num_units)
     print(f"{encoded} page(s) in {output}, {rejects} rejected" + (f": see {output}/rejects.parquet" if rejects else ""))
     if run.pages:
-        share = 100 * run.waiting_s / run.seconds
+        running_s = run.seconds - run.first_page_s
         print(
-            f"This process: {run.pages} pages in {run.seconds:.1f} s, {run.pages / run.seconds:.2f} pages/s; the model "
-            f"alone {run.pages / max(run.model_s, 1e-9):.2f} pages/s; it waited for pages {share:.1f} % of the time"
+            f"This process: {run.pages} pages in {running_s:.1f} s after {run.first_page_s:.1f} s for the first, "
+            f"{run.pages / running_s:.2f} pages/s; the model alone {run.pages / max(run.model_s, 1e-9):.2f} pages/s; it "
+            f"waited for pages {100 * run.waiting_s / running_s:.1f} % of the time"
         )
     if run.arguments.report:
-        names = ("pages", "seconds", "waiting_s", "model_s", "memory_mb")
+        names = ("pages", "seconds", "first_page_s", "waiting_s", "model_s", "memory_mb")
         report = {name: getattr(run, name) for name in names} | {"encoded": encoded, "rejects": rejects}
         run.arguments.report.write_text(json.dumps(report) + "\n", encoding="utf-8")
     return rejects
