@@ -1,5 +1,9 @@
 """Between the pages of a corpus and the model: pages prepared in worker processes, and batches of one shape."""
 
+import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +16,7 @@ from .image_geometry_image_encoder_vit import Region, Size
 
 # Pages that wait for others of their shape, in batches: bounds the memory where every page has its own shape.
 MAX_WAITING_BATCHES = 4
+POLL_S = 0.5
 
 
 class PreparedPage(NamedTuple):
@@ -57,6 +62,26 @@ class PreparedPages(Dataset[PreparedPage]):
 def as_it_is(page: Any) -> Any:
     """For a DataLoader's `collate_fn`."""
     return page
+
+
+def end_with(process_id: int) -> None:
+    """
+    Lets this process end within a second of its parent, whose id this is: a parent that is killed cannot end it, and
+    it would wait for ever for someone to take its pages.
+    """
+
+    def watch() -> None:
+        while os.getppid() == process_id:
+            time.sleep(POLL_S)
+        os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_worker_with_parent(worker: int) -> None:
+    """For a DataLoader's `worker_init_fn`."""
+    if parent := multiprocessing.parent_process():
+        end_with(parent.pid or 0)
 
 
 def batches_by_shape(pages: Iterable[PreparedPage], batch_size: int) -> Iterator[list[PreparedPage]]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -34,7 +33,14 @@ from transformers.utils import logging
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 from image_encoder_vit.corpora_sources import ReadOptions, find_pages
-from image_encoder_vit.feature_extraction import PreparedPage, PreparedPages, as_it_is, batches_by_shape
+from image_encoder_vit.feature_extraction import (
+    PreparedPage,
+    PreparedPages,
+    as_it_is,
+    batches_by_shape,
+    end_with,
+    end_worker_with_parent,
+)
 from image_encoder_vit.feature_store import (
     MANIFEST_FILE,
     WORK,
@@ -68,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    end_with_launcher()
+    if "LOCAL_RANK" in os.environ:  # Started as one of several.
+        end_with(os.getppid())
     try:
         rejects = extract(arguments)
     except (OSError, ValueError, ImportError) as error:
@@ -126,20 +133,6 @@ def positive(kind: type) -> Any:
 def message_of(error: BaseException, lines: int = 4) -> str:
     """The message of an error, cut to a few lines."""
     return "\n".join(str(error).strip().splitlines()[:lines])
-
-
-def end_with_launcher() -> None:
-    """Lets this process die with the launcher that started it as one of several: killed, it cannot end them itself."""
-    if "LOCAL_RANK" not in os.environ:
-        return
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(POLL_S)
-        os._exit(2)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def extract(arguments: argparse.Namespace) -> int:
@@ -266,6 +259,7 @@ def start_workers(
         prefetch_factor=PAGES_AHEAD,
         # A forked worker would hold the lock on the output folder for seconds after this process is killed.
         multiprocessing_context="spawn",
+        worker_init_fn=end_worker_with_parent,
     )
     return iter(loader)
 
@@ -437,9 +431,10 @@ def finish(run: Run) -> int:
     print(f"{encoded} page(s) in {output}, {rejects} rejected" + (f": see {output}/rejects.parquet" if rejects else ""))
     if run.pages:
         running_s = run.seconds - run.first_page_s
+        alone = run.pages / max(run.model_s, 1e-9)
         print(
             f"This process: {run.pages} pages in {running_s:.1f} s after {run.first_page_s:.1f} s for the first, "
-            f"{run.pages / running_s:.2f} pages/s; the model alone {run.pages / max(run.model_s, 1e-9):.2f} pages/s; it "
+            f"{run.pages / running_s:.2f} pages/s; the model alone {alone:.2f} pages/s; it "
             f"waited for pages {100 * run.waiting_s / running_s:.1f} % of the time"
         )
     if run.arguments.report:
