@@ -28,11 +28,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoImageProcessor
 from transformers.utils import logging
 
-from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 from image_encoder_vit.corpora_sources import ReadOptions, find_pages
+from image_encoder_vit.encoder_loading import RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, load_model, load_processor
 from image_encoder_vit.feature_extraction import (
     PreparedPage,
     PreparedPages,
@@ -56,18 +55,12 @@ from image_encoder_vit.feature_store import (
 )
 from image_encoder_vit.output_folder import discard, folder_lock
 
-RANDOM_SEED = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORKERS_ON_CPU, WORKERS_ON_ACCELERATOR = 1, 4
 PAGES_AHEAD = 4  # By each worker.
 LOCK_WAIT_S = 15  # What is left of a killed run ends within seconds.
 POLL_S = 0.5
 LONGEST_RUN = timedelta(days=30)  # The first process to finish waits for the others.
-
-RANDOM_WEIGHTS_NOTICE = (
-    f"No --checkpoint given: using a full-size encoder with RANDOM weights (seed {RANDOM_SEED}).\n"
-    "Its features mean nothing until real weights are used; see the README."
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,7 +141,7 @@ def extract(arguments: argparse.Namespace) -> int:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_RUN)],
     )
     options = ReadOptions(arguments.dpi, arguments.image_column, arguments.split)
-    processor = load_processor(arguments)
+    processor = load_processor(arguments.checkpoint, **({} if arguments.pad else {"do_pad": False}))
     with ExitStack() as stack:
         plan_digest = from_main_process(accelerator, lambda: open_run(arguments, options, stack))
         plan = Plan(arguments.output, arguments.pages_per_shard)
@@ -156,7 +149,8 @@ def extract(arguments: argparse.Namespace) -> int:
         units = remaining[accelerator.process_index :: accelerator.num_processes]
         # Workers take seconds to start: they do while the model is loaded.
         pages = start_workers(units, PreparedPages(plan, processor, options), arguments, accelerator)
-        model = load_model(arguments).to(accelerator.device).eval()
+        dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+        model = load_model(arguments.checkpoint, dtype).to(accelerator.device)
         manifest = manifest_of(arguments, processor, model, plan_digest, plan, accelerator)
         from_main_process(accelerator, lambda: check_manifest(arguments.output, manifest))
         if accelerator.is_main_process and arguments.checkpoint is None:
@@ -211,35 +205,6 @@ def remove_if_empty(output: Path) -> None:
 
 def remaining_units(output: Path, plan: Plan) -> list[int]:
     return [unit for unit in range(plan.num_units) if not is_complete(output, unit)]
-
-
-def load_processor(arguments: argparse.Namespace) -> Any:
-    """The exact image processor of the checkpoint, with the settings of the command."""
-    settings = {} if arguments.pad else {"do_pad": False}
-    if arguments.checkpoint is None:
-        return ImageEncoderViTImageProcessorPil(**settings)
-    return AutoImageProcessor.from_pretrained(arguments.checkpoint, backend="pil", **settings)
-
-
-def load_model(arguments: argparse.Namespace) -> Any:
-    """
-    The encoder of the checkpoint, or one with random weights.
-
-    Raises:
-        OSError, ValueError: If the checkpoint cannot be loaded as an encoder.
-    """
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else "auto"
-    if arguments.checkpoint is None:
-        torch.manual_seed(RANDOM_SEED)
-        model = ImageEncoderViTModel(ImageEncoderViTConfig())
-        return model if dtype == "auto" else model.to(dtype)
-    kind = ImageEncoderViTConfig.get_config_dict(arguments.checkpoint)[0].get("model_type")
-    if kind != ImageEncoderViTConfig.model_type:
-        raise ValueError(
-            f"{arguments.checkpoint!r} holds a model of type {kind!r}, not {ImageEncoderViTConfig.model_type!r}. If it "
-            f"has the encoder inside, take it out first: scripts/pull_from_hub.py {arguments.checkpoint} FOLDER"
-        )
-    return ImageEncoderViTModel.from_pretrained(arguments.checkpoint, dtype=dtype)
 
 
 def start_workers(
