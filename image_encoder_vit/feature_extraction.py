@@ -16,7 +16,7 @@ from .image_geometry_image_encoder_vit import Region, Size
 
 # Pages that wait for others of their shape, in batches: bounds the memory where every page has its own shape.
 MAX_WAITING_BATCHES = 4
-POLL_S = 0.5
+POLL_S = 0.2
 
 
 class PreparedPage(NamedTuple):
