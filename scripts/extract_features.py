@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        print(f"error: {message_of(error)} The same command goes on from here.", file=sys.stderr)
+        print(f"error: {message_of(error).rstrip('.')}. The same command goes on from here.", file=sys.stderr)
         return 2
     return 1 if rejects and arguments.fail_on_rejects else 0
 
