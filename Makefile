@@ -47,7 +47,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(VENV_OLDEST)
-	$(VENV_OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[test,torchvision]"
+	$(VENV_OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[test,torchvision,corpora]"
 	touch $@
 
 $(VENV_TORCHVISION)/.installed: pyproject.toml constraints-torchvision.txt

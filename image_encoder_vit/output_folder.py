@@ -6,6 +6,7 @@ second process, brought to the disk and renamed.
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,31 @@ def unfinished_folder(output: Path) -> Iterator[Path]:
             break
     try:
         yield folder
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+@contextmanager
+def folder_lock(folder: Path, wait_s: float = 0) -> Iterator[None]:
+    """
+    Makes the folder and holds the lock on it: for as long as it is open no other process gets it.
+
+    Raises:
+        BlockingIOError: If another process has it, and after `wait_s` still.
+    """
+    deadline = time.monotonic() + wait_s
+    lock = None
+    while lock is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _try_lock(folder)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+    try:
+        yield
     finally:
         if lock >= 0:
             os.close(lock)

@@ -7,9 +7,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import small_model
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil
+from image_encoder_vit.feature_store import check_manifest, merge, shard_name, write_unit
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +53,14 @@ def test_readme_names_make_targets_and_files_that_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+def write_features(folder: Path) -> None:
+    """Features of one page, as scripts/extract_features.py writes them."""
+    row = {"id": "page.png#0", "source": "page.png", "page": 0, "shard": shard_name(0), "row": 0}
+    check_manifest(folder, {"format": 1})
+    write_unit(folder, 0, {0: torch.zeros(20, 16, 16)}, [row])
+    assert merge(folder, 1) == (1, 0)
+
+
 def test_readme_s_python_runs(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -58,7 +68,8 @@ def test_readme_s_python_runs(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path / "encoder")
     ImageEncoderViTImageProcessorPil().save_pretrained(tmp_path / "encoder")
     (tmp_path / "samples").symlink_to(ROOT / "samples")
+    write_features(tmp_path / "features")
     # One after the other in one interpreter, as a reader would; a small model stands in for real weights.
-    code = "\n".join(blocks).replace("path/to/encoder", "encoder")
+    code = "\n".join(blocks).replace("path/to/encoder", "encoder").replace("path/to/features", "features")
     code += "\nassert features.shape == (1, 20, 16, 16) and (bottom - top) * 1024 == 64 * 1754\n"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
