@@ -6,6 +6,7 @@ that all contenders see the same machine; the ratio is the median of the rounds'
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -23,12 +24,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from image_encoder_vit import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel
-from image_encoder_vit.attention_image_encoder_vit import resize_pos_embed
+from image_encoder_vit.attention_image_encoder_vit import resize_pos_embed, resize_rel_pos
 from image_encoder_vit.checkpoint_layouts import TRANSFORMERS_NAMES, rename
+from image_encoder_vit.fixed_size import FixedSizeEncoder, export_program, without_exporters_warnings
+from image_encoder_vit.openvino import compile_for_openvino
 
 BASELINE = "transformers sdpa"
 OURS = "image-encoder-vit"
@@ -200,17 +204,56 @@ def run_deepseek(case: Case, deepseek_file: Path | None) -> Run:
     return encoder.to(DTYPES[case.dtype])
 
 
+def run_segment_anything(case: Case, deepseek_file: Path | None) -> Run:
+    """The original package's encoder up to the neck, then this package's two convolutions."""
+    if case.height_px != case.width_px:
+        raise ImportError("it takes square images only")
+    module = importlib.import_module("segment_anything.modeling.image_encoder")
+    normalization = functools.partial(nn.LayerNorm, eps=1e-6)
+    theirs = module.ImageEncoderViT(
+        img_size=case.height_px,
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=(2, 5, 8, 11),
+        norm_layer=normalization,
+    )
+    return with_convolutions(theirs, case, rename=lambda name: name)
+
+
+def run_timm(case: Case, deepseek_file: Path | None) -> Run:
+    """The encoder of timm up to the neck, then this package's two convolutions."""
+    timm = importlib.import_module("timm")
+    size = case.height_px, case.width_px
+    theirs = timm.create_model("samvit_base_patch16", img_size=size, num_classes=0, global_pool="")
+    return with_convolutions(theirs, case, rename=lambda name: name.replace("mlp.lin", "mlp.fc"))
+
+
+def with_convolutions(theirs: nn.Module, case: Case, rename: Callable[[str], str]) -> Run:
+    """A peer that ends with the neck, with this package's weights and the convolutions that follow it."""
+    ours = with_baked_positions(random_encoder("float32").encoder, case)
+    grid = case.height_px // ours.patch_size, case.width_px // ours.patch_size
+    weights = {rename(name): weight for name, weight in ours.state_dict().items() if not name.startswith("net_")}
+    for name, table in theirs.state_dict().items():
+        for side, length in zip(("rel_pos_h", "rel_pos_w"), grid, strict=True):
+            if name.endswith(side) and table.shape != weights[name].shape:
+                weights[name] = resize_rel_pos(weights[name], length)
+    theirs.load_state_dict(weights)
+    return nn.Sequential(theirs, ours.net_2, ours.net_3).eval().to(DTYPES[case.dtype])
+
+
 def run_openvino(case: Case, deepseek_file: Path | None) -> Run:
     """The class of transformers, converted by OpenVINO."""
     native = build_transformers(case._replace(dtype="float32"), "sdpa")
     with_baked_positions(native.model, case)
-    return compile_with_openvino(native, case)
+    with torch.no_grad(), without_exporters_warnings():
+        program = torch.export.export(native, (case._replace(dtype="float32").pixels,), strict=False)
+    return in_openvino(program, case)
 
 
 def run_openvino_ours(case: Case, deepseek_file: Path | None) -> Run:
-    """The encoder of this package, converted by OpenVINO."""
-    encoder = random_encoder("float32").encoder
-    return compile_with_openvino(with_baked_positions(encoder, case), case)
+    """The encoder of this package, as `openvino_encoder` runs it."""
+    encoder = FixedSizeEncoder(random_encoder("float32"), (case.height_px, case.width_px), chunked=False)
+    return in_openvino(export_program(encoder), case)
 
 
 def with_baked_positions(encoder: Any, case: Case) -> Any:
@@ -220,17 +263,11 @@ def with_baked_positions(encoder: Any, case: Case) -> Any:
     return encoder
 
 
-def compile_with_openvino(module: nn.Module, case: Case) -> Run:
-    openvino = importlib.import_module("openvino")
-    pixels = case._replace(dtype="float32").pixels
-    with torch.no_grad():
-        program = torch.export.export(module, (pixels,), strict=False)
-        settings = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[case.dtype],
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        compiled = openvino.Core().compile_model(openvino.convert_model(program), "CPU", settings)
+def in_openvino(program: ExportedProgram, case: Case) -> Run:
+    """A graph whose first output is the feature map, run by OpenVINO in the precision of the case."""
+    precision = {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
+    shape = (case.batch, 3, case.height_px, case.width_px)
+    compiled = compile_for_openvino(program, shape, precision, torch.get_num_threads())
     return lambda pixels: torch.from_numpy(compiled([pixels.to(torch.float32).numpy()])[0])
 
 
@@ -258,6 +295,8 @@ CONTENDERS: dict[str, Callable[[Case, Path | None], Run]] = {
     OURS: run_ours,
     f"{OURS} compiled": run_ours_compiled,
     "deepseek": run_deepseek,
+    "segment-anything": run_segment_anything,
+    "timm": run_timm,
     "openvino": run_openvino,
     f"openvino of {OURS}": run_openvino_ours,
     "onnxruntime": run_onnxruntime,
@@ -398,17 +437,45 @@ def print_table(results: Sequence[Result], refused: dict[str, str]) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Bars of the medians, a group for each case."""
+    """Bars of the medians, a group for each case; from three sizes or batches on, how time and memory grow."""
     pyplot = importlib.import_module("matplotlib.pyplot")
     cases = report["cases"]
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(4 * len(cases), 4), squeeze=False, layout="constrained")
-    for axis, entry in zip(axes[0], cases, strict=True):
-        names = [result["contender"] for result in entry["results"]]
-        axis.barh(names[::-1], [result["median_s"] for result in entry["results"]][::-1])
-        axis.set_title(str(Case(**entry["case"])), fontsize=8)
-        axis.set_xlabel("median s")
+    if len({case_megapixels(entry) for entry in cases}) >= 3:
+        figure = plot_growth(pyplot, cases)
+    else:
+        figure, axes = pyplot.subplots(1, len(cases), figsize=(4 * len(cases), 4), squeeze=False, layout="constrained")
+        for axis, entry in zip(axes[0], cases, strict=True):
+            names = [result["contender"] for result in entry["results"]]
+            axis.barh(names[::-1], [result["median_s"] for result in entry["results"]][::-1])
+            axis.set_title(str(Case(**entry["case"])), fontsize=8)
+            axis.set_xlabel("median s")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def plot_growth(pyplot: Any, cases: Sequence[dict[str, Any]]) -> Any:
+    """Time and memory against the megapixels of a batch, a line for each contender and precision."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    lines: dict[str, list[tuple[float, float, float | None]]] = {}
+    for entry in cases:
+        for result in entry["results"]:
+            label = f"{result['contender']}, {entry['case']['dtype']}"
+            measured = case_megapixels(entry), result["median_s"], result["extra_memory_mb"]
+            lines.setdefault(label, []).append(measured)
+    for label, points in lines.items():
+        megapixels, seconds, memory_mb = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        axes[0].plot(megapixels, seconds, marker="o", label=label)
+        if None not in memory_mb:
+            axes[1].plot(megapixels, memory_mb, marker="o", label=label)
+    for axis, unit in zip(axes, ("median s", "MB beyond the weights"), strict=True):
+        axis.set(xlabel="megapixels in the batch", ylabel=unit, xscale="log", yscale="log")
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def case_megapixels(entry: dict[str, Any]) -> float:
+    case = Case(**entry["case"])
+    return case.batch * case.height_px * case.width_px / 1e6
 
 
 if __name__ == "__main__":
