@@ -15,24 +15,17 @@ from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoImageProcessor
 from transformers.utils import logging
 
-from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
+from image_encoder_vit.encoder_loading import RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, load_model, load_processor
 from image_encoder_vit.feature_pictures import page_beside_features
 from image_encoder_vit.image_geometry_image_encoder_vit import Region, Size
 from image_encoder_vit.image_presets_image_encoder_vit import PRESETS
 from image_encoder_vit.image_processing_image_encoder_vit import open_image, to_rgb
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
-RANDOM_SEED = 0
 MAX_PLOT_ROWS = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-RANDOM_WEIGHTS_NOTICE = (
-    f"No --checkpoint given: using a full-size encoder with RANDOM weights (seed {RANDOM_SEED}).\n"
-    "Its features mean nothing until real weights are used; see the README."
-)
 
 
 class Encoded(NamedTuple):
@@ -56,11 +49,14 @@ def main() -> int:
     try:
         paths = find_images(arguments.images)
         device = choose_device(arguments.device)
-        processor, model = load_encoder(arguments.checkpoint, device, arguments.dtype, arguments.preset)
+        model = load_model(arguments.checkpoint, DTYPES[arguments.dtype] if arguments.dtype else None).to(device)
+        processor = load_processor(arguments.checkpoint, preset=arguments.preset)
     except (OSError, ValueError) as error:
         print(f"error: {first_lines(error)}", file=sys.stderr)
         return 2
 
+    if arguments.checkpoint is None:
+        print(RANDOM_WEIGHTS_NOTICE)
     print(f"{len(paths)} image(s), {model.dtype} on {device}".replace("torch.", ""))
     encoded: list[Encoded] = []
     failures = 0
@@ -133,34 +129,6 @@ def choose_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"Cannot use --device {name}: {first_lines(error, 1)}") from error
-
-
-def load_encoder(
-    checkpoint: str | None, device: torch.device, dtype: str | None, preset: str | None
-) -> tuple[Any, Any]:
-    """
-    The processor and the model of a checkpoint, in eval mode on the device; random weights where none is named.
-
-    Raises:
-        OSError, ValueError: If the checkpoint cannot be loaded as an encoder.
-    """
-    if checkpoint is None:
-        print(RANDOM_WEIGHTS_NOTICE)
-        torch.manual_seed(RANDOM_SEED)
-        model = ImageEncoderViTModel(ImageEncoderViTConfig())
-        processor: Any = ImageEncoderViTImageProcessorPil(preset=preset)
-        if dtype:
-            model = model.to(DTYPES[dtype])
-    else:
-        kind = ImageEncoderViTConfig.get_config_dict(checkpoint)[0].get("model_type")
-        if kind != ImageEncoderViTConfig.model_type:
-            raise ValueError(
-                f"{checkpoint!r} holds a model of type {kind!r}, not {ImageEncoderViTConfig.model_type!r}. If it has "
-                f"the encoder inside, take it out first: scripts/pull_from_hub.py {checkpoint} FOLDER"
-            )
-        model = ImageEncoderViTModel.from_pretrained(checkpoint, dtype=DTYPES[dtype] if dtype else "auto")
-        processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", preset=preset)  # the exact one
-    return processor, model.to(device).eval()
 
 
 @torch.inference_mode()
