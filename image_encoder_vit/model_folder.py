@@ -17,7 +17,7 @@ from .checkpoint_layouts import DEEPSEEK_OCR, OWN_LAYOUT, SAM, Shape, read_confi
 from .checkpoint_sources import Opened
 from .configuration_image_encoder_vit import ImageEncoderViTConfig
 from .image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
-from .modeling_image_encoder_vit import ImageEncoderViTModel
+from .modeling_image_encoder_vit import ImageEncoderViTModel, name_auto_classes
 from .safetensors_format import build_header
 
 WEIGHTS_FILE = "model.safetensors"
@@ -73,6 +73,7 @@ def write_settings(opened: Opened, folder: Path, dtype: torch.dtype, notices: li
     with torch.device("meta"):
         model = ImageEncoderViTModel(config)
     if model._auto_class is not None:
+        name_auto_classes(config)
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     _image_processor(opened, notices).save_pretrained(folder)

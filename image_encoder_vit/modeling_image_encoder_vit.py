@@ -508,11 +508,16 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
         classes for AutoModel and AutoBackbone alike, whichever of them is saved.
         """
         if self._auto_class is not None:
-            module = __name__.rpartition(".")[2]
-            known = getattr(self.config, "auto_map", None) or {}
-            classes = {"AutoModel": "ImageEncoderViTModel", "AutoBackbone": "ImageEncoderViTBackbone"}
-            self.config.auto_map = known | {auto: f"{module}.{name}" for auto, name in classes.items()}
+            name_auto_classes(self.config)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def name_auto_classes(config: ImageEncoderViTConfig) -> None:
+    """Writes into the configuration which classes of the saved code AutoModel and AutoBackbone load."""
+    module = __name__.rpartition(".")[2]
+    classes = {"AutoModel": "ImageEncoderViTModel", "AutoBackbone": "ImageEncoderViTBackbone"}
+    known = getattr(config, "auto_map", None) or {}
+    config.auto_map = known | {auto: f"{module}.{name}" for auto, name in classes.items()}
 
 
 class ImageEncoderViTModel(ImageEncoderViTPreTrainedModel):
