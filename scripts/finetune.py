@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.utils import logging
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
+from image_encoder_vit.encoder_loading import load_model
 from image_encoder_vit.fine_tuning import (
     ImageEncoderViTClassifier,
     ImageFolder,
@@ -183,14 +184,7 @@ def build(arguments: argparse.Namespace, num_classes: int) -> ImageEncoderViTCla
     if arguments.checkpoint is None:
         encoder: Any = ImageEncoderViTModel(ImageEncoderViTConfig())
     else:
-        kind = ImageEncoderViTConfig.get_config_dict(arguments.checkpoint)[0].get("model_type")
-        if kind != ImageEncoderViTConfig.model_type:
-            raise ValueError(
-                f"{arguments.checkpoint!r} holds a model of type {kind!r}, not {ImageEncoderViTConfig.model_type!r}. "
-                "If it has the encoder inside, take it out first: "
-                f"scripts/pull_from_hub.py {arguments.checkpoint} FOLDER"
-            )
-        encoder = ImageEncoderViTModel.from_pretrained(arguments.checkpoint, dtype=torch.float32)
+        encoder = load_model(arguments.checkpoint, torch.float32)
     if arguments.gradient_checkpointing:
         # Renamed in later releases of transformers. Without re-entry it works where the first layer is frozen too.
         enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
