@@ -6,6 +6,8 @@ VENV_TORCHVISION := .venv-torchvision
 # Everything but torchvision, whose registry builds for Linux want CUDA libraries, and torchao: transformers imports it
 # wherever it is installed, and it writes warnings to every program's stderr. Its tests find it in a folder of its own.
 EXTRAS := test,dev,plot,export,finetune,corpora
+# What installing compiles.
+KERNEL := hatch_build.py image_encoder_vit/cpu_attention.c
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: encode test benchmark lint check test-oldest test-torchvision clean
@@ -38,19 +40,19 @@ test-torchvision: $(VENV_TORCHVISION)/.installed
 	$(VENV_TORCHVISION)/bin/python -m pytest tests/test_image_processing.py tests/test_image_processing_torchvision.py \
 		tests/test_views.py tests/test_tiled_features.py tests/test_loading.py tests/test_remote_code.py
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --no-deps --target $(VENV)/torchao torchao
 	$(VENV)/bin/python tests/transformers_suites.py
 	touch $@
 
-$(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+$(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt $(KERNEL)
 	$(PYTHON) -m venv --clear $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[test,torchvision,corpora]"
 	touch $@
 
-$(VENV_TORCHVISION)/.installed: pyproject.toml constraints-torchvision.txt
+$(VENV_TORCHVISION)/.installed: pyproject.toml constraints-torchvision.txt $(KERNEL)
 	$(PYTHON) -m venv --clear $(VENV_TORCHVISION)
 	$(VENV_TORCHVISION)/bin/python $(INSTALL) --constraint constraints-torchvision.txt --editable ".[test,torchvision]"
 	touch $@

@@ -8,17 +8,29 @@ MIN_TOKENS_IN_ONEDNN = 64  # Below, setting up a product there costs more than i
 
 def is_cpu_inference(hidden: Tensor) -> bool:
     """
-    Whether `hidden` is computed on the CPU without gradients, outside of compilation and export: then, and only then,
-    results may be written in place and buffers reused.
+    Whether `hidden` is computed on the CPU without gradients, and not for a graph that other runtimes are to read:
+    then, and only then, operators that have neither gradients nor a translation may compute it.
     """
     return (
         hidden.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not is_exporting()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 
+def is_eager_cpu_inference(hidden: Tensor) -> bool:
+    """The same, and operation by operation: then results may be written in place and buffers reused."""
+    return is_cpu_inference(hidden) and not torch.compiler.is_compiling()
+
+
+def is_exporting() -> bool:
+    # Before 2.7 torch does not tell export from compilation, which is then taken for it.
+    asked = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return bool(asked())
+
+
+@torch.compiler.assume_constant_result
 def has_onednn_linear(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch offers oneDNN's linear layer, which is no public name, and for this precision."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -28,5 +40,19 @@ def has_onednn_linear(dtype: torch.dtype) -> bool:
 
 def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     """`input` (..., C) projected by `weight` (D, C) and `bias` (D,), then, if `gelu`, the exact (erf) GELU of that."""
+    if torch.compiler.is_compiling():
+        return cpu_linear(input, weight, bias, gelu)
     activation, algorithm = ("gelu", "none") if gelu else ("none", "")
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, activation, [], algorithm)
+
+
+# torch.compile takes this into its graphs, but not oneDNN's own operator.
+@torch.library.custom_op("image_encoder_vit::cpu_linear", mutates_args=(), device_types="cpu")
+def cpu_linear(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """`onednn_linear` as an operator of PyTorch's."""
+    return onednn_linear(input, weight, bias, gelu=gelu)
+
+
+@cpu_linear.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])

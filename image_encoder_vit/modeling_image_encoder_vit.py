@@ -29,15 +29,18 @@ from .attention_image_encoder_vit import (
     flex_attention,
     relative_logits,
     resize_pos_embed,
+    resize_rel_pos,
     sdpa_attention,
     window_partition,
     window_unpartition,
 )
 from .configuration_image_encoder_vit import ImageEncoderViTConfig, check_architecture
+from .cpu_attention_image_encoder_vit import has_attention_kernel, kernel_attention
 from .cpu_inference_image_encoder_vit import (
     MIN_TOKENS_IN_ONEDNN,
     has_onednn_linear,
     is_cpu_inference,
+    is_eager_cpu_inference,
     onednn_linear,
 )
 from .feature_maps_image_encoder_vit import checked_tile_grids, stitch_tiles
@@ -137,14 +140,35 @@ class ImageEncoderViTAttention(nn.Module):
     def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> tuple[Tensor, Tensor | None]:
         grid = hidden.shape[1], hidden.shape[2]
         qkv = self.qkv(hidden)  # (B, H, W, 3 * C)
-        if self.window_size:
-            # A zero token becomes the bias, so only real tokens go through the projections: padding is filled in.
-            padding = self.qkv(hidden.new_zeros(1, 1, 1, hidden.shape[3])).flatten()
+        # Only real tokens go through the projections: padding is filled in.
+        padding = self._projected_padding(qkv) if self.window_size else None
+        if attn_implementation != "eager" and self._fits_kernel(qkv):
+            table_h = resize_rel_pos(self.rel_pos_h, self.window_size or grid[0]).to(qkv.dtype)
+            table_w = resize_rel_pos(self.rel_pos_w, self.window_size or grid[1]).to(qkv.dtype)
+            attended = kernel_attention(qkv, padding, table_h, table_w, self.num_heads, self.window_size)
+            weights = None
+        elif padding is not None:
             attended, weights = self._attend(window_partition(qkv, self.window_size, padding), attn_implementation)
             attended = window_unpartition(attended, grid)
         else:
             attended, weights = self._attend(qkv, attn_implementation)
         return self.proj(attended), weights
+
+    def _projected_padding(self, qkv: Tensor) -> Tensor:
+        """What `qkv` (B, H, W, 3 * C) would hold of a padding token, which is zero: (3 * C,)."""
+        if is_unhooked(self.qkv):
+            return qkv.new_zeros(qkv.shape[3]) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype)
+        return self.qkv(qkv.new_zeros(1, 1, 1, self.qkv.in_features)).flatten()
+
+    def _fits_kernel(self, qkv: Tensor) -> bool:
+        head_dim = qkv.shape[3] // 3 // self.num_heads
+        return (
+            self.use_rel_pos
+            and is_cpu_inference(qkv)
+            and head_dim % 2 == 0  # Two values of bfloat16 make a word of the kernel's.
+            and type(self.rel_pos_h) is nn.Parameter
+            and has_attention_kernel(qkv.dtype)
+        )
 
     def _attend(self, qkv: Tensor, attn_implementation: str) -> tuple[Tensor, Tensor | None]:
         """From (B, H, W, 3 * C) to the attended values (B, H, W, C) and, if "eager", the weights (B, heads, Q, K)."""
@@ -152,7 +176,7 @@ class ImageEncoderViTAttention(nn.Module):
         by_head = qkv.reshape(batch, height * width, 3, self.num_heads, -1)
         query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, H * W, C / heads) each
         grid = (height, width)
-        if attn_implementation != "eager" and self.use_rel_pos and not self.window_size and is_cpu_inference(qkv):
+        if attn_implementation != "eager" and self.use_rel_pos and not self.window_size and is_eager_cpu_inference(qkv):
             attended = cpu_inference_attention(query, key, value, self.rel_pos_h, self.rel_pos_w, grid)
             return attended.reshape(batch, height, width, -1), None
         relative = relative_logits(query, self.rel_pos_h, self.rel_pos_w, grid) if self.use_rel_pos else None
@@ -214,17 +238,15 @@ class ImageEncoderViTBlock(GradientCheckpointingLayer):
         reused, where those of a whole page are fetched from the operating system page by page.
         """
         rows = self.window_size or max(1, TOKENS_PER_BAND // hidden.shape[2])
-        output = torch.empty_like(hidden)
         if not self.window_size:
-            torch.add(hidden, self.attn(self.norm1(hidden), attn_implementation)[0], out=output)
-        for image in range(hidden.shape[0]):
-            for top in range(0, hidden.shape[1], rows):
-                band = output[image : image + 1, top : top + rows]
+            hidden = hidden + self.attn(self.norm1(hidden), attn_implementation)[0]
+        bands = []
+        for image in hidden.split(1):
+            for band in image.split(rows, dim=1):
                 if self.window_size:
-                    before = hidden[image : image + 1, top : top + rows]
-                    torch.add(before, self.attn(self.norm1(before), attn_implementation)[0], out=band)
-                band += self.mlp(self.norm2(band))
-        return output
+                    band = band + self.attn(self.norm1(band), attn_implementation)[0]
+                bands.append((band + self.mlp(self.norm2(band))).flatten(0, 2))
+        return torch.cat(bands).view_as(hidden)
 
 
 class ImageEncoderViT(nn.Module):

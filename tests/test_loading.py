@@ -20,6 +20,7 @@ from image_encoder_vit import (
 
 REMOTE_CODE = {
     "attention_image_encoder_vit.py",
+    "cpu_attention_image_encoder_vit.py",
     "cpu_inference_image_encoder_vit.py",
     "configuration_image_encoder_vit.py",
     "feature_maps_image_encoder_vit.py",

@@ -20,6 +20,7 @@ pytest_plugins = ["hub_fixtures"]
 
 CODE = {
     "attention_image_encoder_vit.py",
+    "cpu_attention_image_encoder_vit.py",
     "cpu_inference_image_encoder_vit.py",
     "configuration_image_encoder_vit.py",
     "feature_maps_image_encoder_vit.py",

@@ -28,6 +28,7 @@ pytest_plugins = ["hub_fixtures"]
 QUICK = {"first_wait_s": 0.01, "max_wait_s": 0.05, "timeout_s": 2.0}
 CODE = {
     "attention_image_encoder_vit.py",
+    "cpu_attention_image_encoder_vit.py",
     "cpu_inference_image_encoder_vit.py",
     "configuration_image_encoder_vit.py",
     "feature_maps_image_encoder_vit.py",

@@ -1,0 +1,59 @@
+"""Compiles the CPU's attention kernel into the wheel, where there is a C compiler for it; without one it stays out."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+SOURCE = "image_encoder_vit/cpu_attention.c"
+LIBRARY = "image_encoder_vit/_cpu_attention.so"
+FLAGS = ["-std=c11", "-O3", "-fPIC", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+FLAGS_OF_PRECISION = {"float32": [], "bfloat16": ["-mavx512bf16", "-DBFLOAT16"]}
+
+
+class KernelBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Adds the kernel to a wheel, or puts it beside the source of an editable install."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called by hatchling before it collects the files of a wheel."""
+        root = Path(self.root)
+        (root / LIBRARY).unlink(missing_ok=True)
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            return
+        try:
+            compile_kernel(root / SOURCE, root / LIBRARY)
+        except (OSError, subprocess.CalledProcessError) as error:
+            output = getattr(error, "stderr", "")
+            self.app.display_warning(f"The CPU's attention kernel is left out, PyTorch's is used: {error}\n{output}")
+            return
+        build_data["artifacts"].append(LIBRARY)
+        build_data["pure_python"] = False
+        build_data["tag"] = "py3-none-linux_x86_64"
+
+
+def compile_kernel(source: Path, library: Path) -> None:
+    """
+    Compiles `source` for each precision into one `library`, which appears whole or not at all.
+
+    Raises:
+        OSError: If there is no compiler: `CC`, or else `cc`.
+        subprocess.CalledProcessError: If the compiler fails, as one does that does not know these processors.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        objects = []
+        for precision, flags in FLAGS_OF_PRECISION.items():
+            objects.append(f"{scratch}/{precision}.o")
+            run([*compiler, *FLAGS, *flags, "-c", str(source), "-o", objects[-1]])
+        run([*compiler, "-shared", *objects, "-o", f"{scratch}/library.so"])
+        os.replace(f"{scratch}/library.so", library)
+
+
+def run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
