@@ -19,11 +19,6 @@ def is_cpu_inference(hidden: Tensor) -> bool:
     )
 
 
-def is_eager_cpu_inference(hidden: Tensor) -> bool:
-    """The same, and operation by operation: then results may be written in place and buffers reused."""
-    return is_cpu_inference(hidden) and not torch.compiler.is_compiling()
-
-
 def is_exporting() -> bool:
     # Before 2.7 torch does not tell export from compilation, which is then taken for it.
     asked = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -38,21 +33,14 @@ def has_onednn_linear(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+# An operator of PyTorch's, since torch.compile does not take oneDNN's own into its graphs.
+@torch.library.custom_op("image_encoder_vit::cpu_linear", mutates_args=(), device_types="cpu")
+def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """`input` (..., C) projected by `weight` (D, C) and `bias` (D,), then, if `gelu`, the exact (erf) GELU of that."""
-    if torch.compiler.is_compiling():
-        return cpu_linear(input, weight, bias, gelu)
     activation, algorithm = ("gelu", "none") if gelu else ("none", "")
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, activation, [], algorithm)
 
 
-# torch.compile takes this into its graphs, but not oneDNN's own operator.
-@torch.library.custom_op("image_encoder_vit::cpu_linear", mutates_args=(), device_types="cpu")
-def cpu_linear(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """`onednn_linear` as an operator of PyTorch's."""
-    return onednn_linear(input, weight, bias, gelu=gelu)
-
-
-@cpu_linear.register_fake
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+@onednn_linear.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])

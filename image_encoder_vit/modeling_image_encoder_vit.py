@@ -40,7 +40,6 @@ from .cpu_inference_image_encoder_vit import (
     MIN_TOKENS_IN_ONEDNN,
     has_onednn_linear,
     is_cpu_inference,
-    is_eager_cpu_inference,
     onednn_linear,
 )
 from .feature_maps_image_encoder_vit import checked_tile_grids, stitch_tiles
@@ -49,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 LAYER_NORM_EPS = 1e-6  # In every norm, LayerNorm2d included.
 MAX_NAMES_IN_ERROR = 12
-TOKENS_PER_BAND = 896  # What a band of windows of 14 holds at 1024 x 1024 px.
+TOKENS_PER_BAND = 1792  # At most, where a row of windows has fewer: two rows of windows of 14 at 1024 x 1024 px.
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -176,7 +175,8 @@ class ImageEncoderViTAttention(nn.Module):
         by_head = qkv.reshape(batch, height * width, 3, self.num_heads, -1)
         query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, H * W, C / heads) each
         grid = (height, width)
-        if attn_implementation != "eager" and self.use_rel_pos and not self.window_size and is_eager_cpu_inference(qkv):
+        is_inference = is_cpu_inference(qkv) and not torch.compiler.is_compiling()  # It writes in place.
+        if attn_implementation != "eager" and self.use_rel_pos and not self.window_size and is_inference:
             attended = cpu_inference_attention(query, key, value, self.rel_pos_h, self.rel_pos_w, grid)
             return attended.reshape(batch, height, width, -1), None
         relative = relative_logits(query, self.rel_pos_h, self.rel_pos_w, grid) if self.use_rel_pos else None
@@ -237,7 +237,8 @@ class ImageEncoderViTBlock(GradientCheckpointingLayer):
         The same, a band of rows at a time, for inference on the CPU: temporaries of a band fit into the cache and are
         reused, where those of a whole page are fetched from the operating system page by page.
         """
-        rows = self.window_size or max(1, TOKENS_PER_BAND // hidden.shape[2])
+        step = self.window_size or 1  # Windows stay whole.
+        rows = max(step, TOKENS_PER_BAND // hidden.shape[2] // step * step)
         if not self.window_size:
             hidden = hidden + self.attn(self.norm1(hidden), attn_implementation)[0]
         bands = []

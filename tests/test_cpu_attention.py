@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,25 @@ def test_the_encoder_gives_the_same_without_the_kernel(
     monkeypatch.setattr(modeling_image_encoder_vit, "has_attention_kernel", lambda dtype: False)
     without = relative_error(model(pixels).last_hidden_state, exact)
     assert max(with_kernel, without) <= {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+
+
+@needs_kernel
+@torch.no_grad()
+def test_autocast_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_attention_kernel(torch.bfloat16):
+        pytest.skip("this processor has no products of bfloat16")
+    dtypes = []
+
+    def watched(qkv: Tensor, *args: Any) -> Tensor:
+        dtypes.append(qkv.dtype)
+        return kernel_attention(qkv, *args)
+
+    model, pixels = small_model(), random_pixels(1, 3, 128, 128)
+    expected = model(pixels).last_hidden_state
+    monkeypatch.setattr(modeling_image_encoder_vit, "kernel_attention", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(model(pixels).last_hidden_state.float(), expected) <= 5e-2
+    assert set(dtypes) == {torch.bfloat16}
 
 
 @needs_kernel

@@ -7,7 +7,12 @@ import torch
 from conftest import random_pixels, relative_error, small_model
 from small import SMALL
 
-from image_encoder_vit import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel
+from image_encoder_vit import (
+    ImageEncoderViT,
+    ImageEncoderViTConfig,
+    ImageEncoderViTModel,
+    modeling_image_encoder_vit,
+)
 
 ATTENTION = ["eager", "sdpa"]
 
@@ -254,6 +259,17 @@ def test_tuple_output_and_config_flags() -> None:
     assert (features.ndim, pooled.ndim, tokens.ndim, len(hidden)) == (4, 2, 3, 5)
     model.config.output_hidden_states = True
     assert len(model(random_pixels(1, 3, 64, 64)).hidden_states) == 5
+
+
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_bands_of_any_size_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, model: ImageEncoderViTModel, tokens: int
+) -> None:
+    pixels = random_pixels(2, 3, 480, 320)  # 30 x 20 patches, so that 200 tokens are 10 rows, or 9 of windows of 3
+    with torch.no_grad():
+        in_one_band = model(pixels).last_hidden_state
+        monkeypatch.setattr(modeling_image_encoder_vit, "TOKENS_PER_BAND", tokens)
+        assert relative_error(model(pixels).last_hidden_state, in_one_band) <= 1e-6
 
 
 def test_hooks_on_linear_layers_see_their_outputs_in_inference(model: ImageEncoderViTModel) -> None:
