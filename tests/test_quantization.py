@@ -26,9 +26,9 @@ def run_with(name: str, model_folder: str) -> subprocess.CompletedProcess[str]:
 def test_int8_of_torchao_runs(name: str, model_folder: str) -> None:
     result = run_with(name, model_folder)
     assert result.returncode == 0, result.stderr
-    weight_class, cosine = result.stdout.split()[-2:]
+    weight_class, *cosines = result.stdout.split()[-3:]
     assert weight_class != "Parameter"
-    assert float(cosine) >= 0.999
+    assert min(map(float, cosines)) >= 0.999
 
 
 def test_float8_says_what_it_needs(model_folder: str) -> None:
