@@ -467,8 +467,11 @@ def plot_growth(pyplot: Any, cases: Sequence[dict[str, Any]]) -> Any:
         axes[0].plot(megapixels, seconds, marker="o", label=label)
         if None not in memory_mb:
             axes[1].plot(megapixels, memory_mb, marker="o", label=label)
+    sizes = sorted({case_megapixels(entry) for entry in cases})
     for axis, unit in zip(axes, ("median s", "MB beyond the weights"), strict=True):
         axis.set(xlabel="megapixels in the batch", ylabel=unit, xscale="log", yscale="log")
+        axis.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+        axis.set_xticks([], minor=True)
     axes[0].legend(fontsize=7)
     return figure
 
