@@ -43,6 +43,9 @@ from .cpu_inference_image_encoder_vit import (
     onednn_linear,
 )
 from .feature_maps_image_encoder_vit import checked_tile_grids, stitch_tiles
+from .image_geometry_image_encoder_vit import cell_edges  # noqa: F401
+
+# The last import is for transformers before 5.10, which copies of saved code only what this module itself names.
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +62,7 @@ def is_unhooked(module: nn.Module) -> bool:
     return (
         type(module) is ImageEncoderViTLinear
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and "forward" not in vars(module)
+        and "forward" not in module.__dict__  # torch 2.4 does not compile `vars`.
     )
 
 
@@ -356,7 +359,7 @@ class ImageEncoderViT(nn.Module):
             hidden = block(hidden, attn_implementation=attn_implementation)
         features = self.neck(hidden.permute(0, 3, 1, 2))  # (B, 256, H, W)
         for name in self.downsample_names:
-            features = self.get_submodule(name)(features)
+            features = getattr(self, name)(features)
         return features
 
     def _feature_maps(self, hidden: Tensor, attn_implementation: str, stages: Collection[str]) -> tuple[Tensor, ...]:
@@ -375,7 +378,7 @@ class ImageEncoderViT(nn.Module):
         for name in ["neck", *self.downsample_names]:
             if len(maps) == wanted:
                 break
-            features = self.get_submodule(name)(features)
+            features = getattr(self, name)(features)
             if name in stages:
                 maps.append(features)
         return tuple(maps)
