@@ -117,6 +117,7 @@ def main(folder: Path, arguments: list[str]) -> None:
         interrupt_after(2, patch)
         with pytest.raises(KeyboardInterrupt):
             finetune.main(resumed)
+    accelerator.wait_for_everyone()  # The main process may still be removing an older state.
     statuses.append(finetune.main([*resumed, "--resume"]))
     accelerator.end_training()
     sys.exit(max(statuses))
