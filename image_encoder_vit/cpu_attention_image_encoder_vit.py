@@ -27,11 +27,13 @@ class Kernel(NamedTuple):
 @torch.compiler.assume_constant_result
 def has_attention_kernel(dtype: torch.dtype) -> bool:
     """Whether the kernel is installed, and this processor can run it in this precision."""
+    if attention_kernel() is None:
+        return False
     if dtype == torch.bfloat16:
         # PyTorch knows of the processor's bfloat16 products, under no public name.
         is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return attention_kernel() is not None and is_supported is not None and bool(is_supported())
-    return dtype == torch.float32 and attention_kernel() is not None
+        return is_supported is not None and bool(is_supported())
+    return dtype == torch.float32
 
 
 @cache
