@@ -13,6 +13,19 @@ from torch import nn
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 
+# The modules that saving copies beside the weights.
+REMOTE_CODE = {
+    "attention_image_encoder_vit.py",
+    "cpu_attention_image_encoder_vit.py",
+    "cpu_inference_image_encoder_vit.py",
+    "configuration_image_encoder_vit.py",
+    "feature_maps_image_encoder_vit.py",
+    "image_geometry_image_encoder_vit.py",
+    "image_presets_image_encoder_vit.py",
+    "image_processing_image_encoder_vit.py",
+    "modeling_image_encoder_vit.py",
+}
+
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_pixels, small_model
+from conftest import REMOTE_CODE, random_pixels, small_model
 from safetensors.torch import load_file, save_file
 from small import SMALL
 from transformers import AutoImageProcessor, AutoModel
@@ -17,18 +17,6 @@ from image_encoder_vit import (
     ImageEncoderViTImageProcessorPil,
     ImageEncoderViTModel,
 )
-
-REMOTE_CODE = {
-    "attention_image_encoder_vit.py",
-    "cpu_attention_image_encoder_vit.py",
-    "cpu_inference_image_encoder_vit.py",
-    "configuration_image_encoder_vit.py",
-    "feature_maps_image_encoder_vit.py",
-    "image_geometry_image_encoder_vit.py",
-    "image_presets_image_encoder_vit.py",
-    "image_processing_image_encoder_vit.py",
-    "modeling_image_encoder_vit.py",
-}
 
 
 def edit_weights(folder: Path, rename: dict[str, str | None]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import RECIPES, SMALL, Recipe, encoder_weights, folder_files, laid_out, write_checkpoint, write_tensors
+from conftest import REMOTE_CODE
 from hub_client import Worker, client_environment, run_script
 from hub_server import READ_TOKEN, HubServer
 from safetensors.torch import load_file, save_file
@@ -18,18 +19,13 @@ from image_encoder_vit.pull import pull
 
 pytest_plugins = ["hub_fixtures"]
 
-CODE = {
-    "attention_image_encoder_vit.py",
-    "cpu_attention_image_encoder_vit.py",
-    "cpu_inference_image_encoder_vit.py",
-    "configuration_image_encoder_vit.py",
-    "feature_maps_image_encoder_vit.py",
-    "image_geometry_image_encoder_vit.py",
-    "image_presets_image_encoder_vit.py",
-    "image_processing_image_encoder_vit.py",
-    "modeling_image_encoder_vit.py",
+COMPLETE = REMOTE_CODE | {
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "README.md",
+    "provenance.json",
 }
-COMPLETE = CODE | {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "provenance.json"}
 
 
 def assert_holds(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -363,5 +359,5 @@ def test_an_own_model_keeps_its_settings(tmp_path: Path) -> None:
     settings = {"size": {"height": 64, "width": 96}, "padding_color": [1, 2, 3], "tile_size": 640}
     ImageEncoderViTImageProcessorPil(**settings).save_pretrained(tmp_path / "source")
     pull(tmp_path / "source", tmp_path / "model")
-    for name in ("model.safetensors", "preprocessor_config.json", *CODE):
+    for name in ("model.safetensors", "preprocessor_config.json", *REMOTE_CODE):
         assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "source" / name).read_bytes(), name

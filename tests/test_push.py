@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import RECIPES, encoder_weights, folder_files, write_checkpoint
+from conftest import REMOTE_CODE
 from hub_client import Call, Worker, client_environment, run_script
 from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from huggingface_hub import metadata_load
@@ -26,18 +27,13 @@ from image_encoder_vit.pull import pull
 pytest_plugins = ["hub_fixtures"]
 
 QUICK = {"first_wait_s": 0.01, "max_wait_s": 0.05, "timeout_s": 2.0}
-CODE = {
-    "attention_image_encoder_vit.py",
-    "cpu_attention_image_encoder_vit.py",
-    "cpu_inference_image_encoder_vit.py",
-    "configuration_image_encoder_vit.py",
-    "feature_maps_image_encoder_vit.py",
-    "image_geometry_image_encoder_vit.py",
-    "image_presets_image_encoder_vit.py",
-    "image_processing_image_encoder_vit.py",
-    "modeling_image_encoder_vit.py",
+PUBLISHED = REMOTE_CODE | {
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "README.md",
+    "provenance.json",
 }
-PUBLISHED = CODE | {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "provenance.json"}
 
 
 @pytest.fixture(scope="module")
