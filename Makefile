@@ -7,7 +7,7 @@ VENV_TORCHVISION := .venv-torchvision
 # wherever it is installed, and it writes warnings to every program's stderr. Its tests find it in a folder of its own.
 EXTRAS := test,dev,plot,export,finetune,corpora
 # What installing compiles.
-KERNEL := hatch_build.py image_encoder_vit/cpu_attention.c
+KERNEL := hatch_build.py image_encoder_vit/cpu_kernel.c
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: encode test benchmark lint check test-oldest test-torchvision clean

@@ -11,8 +11,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = "image_encoder_vit/cpu_attention.c"
-LIBRARY = "image_encoder_vit/_cpu_attention.so"
+SOURCE = "image_encoder_vit/cpu_kernel.c"
+LIBRARY = "image_encoder_vit/_cpu_kernel.so"
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 FLAGS_OF_PRECISION = {"float32": [], "bfloat16": ["-mavx512bf16", "-DBFLOAT16"]}
 

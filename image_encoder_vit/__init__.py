@@ -7,8 +7,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from .configuration_image_encoder_vit import ImageEncoderViTConfig
-from .feature_maps_image_encoder_vit import FeatureMap, ImageFeatureMaps, stitch_tiles
-from .image_geometry_image_encoder_vit import cell_to_pixels
+from .feature_maps import FeatureMap, ImageFeatureMaps, stitch_tiles
+from .image_geometry import cell_to_pixels
 from .image_processing_image_encoder_vit import ImageEncoderViTImageProcessor, ImageEncoderViTImageProcessorPil
 from .modeling_image_encoder_vit import (
     ImageEncoderViT,

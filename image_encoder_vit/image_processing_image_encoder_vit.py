@@ -21,8 +21,8 @@ from transformers.image_utils import ChannelDimension, ImageInput, PILImageResam
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, is_torchvision_available
 
-from .feature_maps_image_encoder_vit import ImageFeatureMaps, batch_feature_maps
-from .image_geometry_image_encoder_vit import (
+from .feature_maps import ImageFeatureMaps, batch_feature_maps
+from .image_geometry import (
     Placement,
     Size,
     choose_tile_grid,
@@ -31,7 +31,7 @@ from .image_geometry_image_encoder_vit import (
     place_on_canvas,
     place_unpadded,
 )
-from .image_presets_image_encoder_vit import preset_name, preset_settings
+from .image_presets import preset_name, preset_settings
 
 T = TypeVar("T")
 R = TypeVar("R")

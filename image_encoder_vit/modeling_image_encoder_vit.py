@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_image_encoder_vit import (
+from .attention import (
     cpu_inference_attention,
     eager_attention,
     flex_attention,
@@ -35,15 +35,15 @@ from .attention_image_encoder_vit import (
     window_unpartition,
 )
 from .configuration_image_encoder_vit import ImageEncoderViTConfig, check_architecture
-from .cpu_attention_image_encoder_vit import has_attention_kernel, kernel_attention
-from .cpu_inference_image_encoder_vit import (
+from .cpu_inference import (
     MIN_TOKENS_IN_ONEDNN,
     has_onednn_linear,
     is_cpu_inference,
     onednn_linear,
 )
-from .feature_maps_image_encoder_vit import checked_tile_grids, stitch_tiles
-from .image_geometry_image_encoder_vit import cell_edges  # noqa: F401
+from .cpu_kernel import has_attention_kernel, kernel_attention
+from .feature_maps import checked_tile_grids, stitch_tiles
+from .image_geometry import cell_edges  # noqa: F401
 
 # The last import is for transformers before 5.10, which copies of saved code only what this module itself names.
 

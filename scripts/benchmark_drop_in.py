@@ -15,11 +15,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from benchmark import BFLOAT16_FACTOR, DTYPES, FLOAT32_BOUND, PAUSE_S, SEED, Case, describe_machine, relative_error
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from image_encoder_vit.drop_in import replace_sam_encoder
+from image_encoder_vit.commands.benchmark import (
+    BFLOAT16_FACTOR,
+    DTYPES,
+    FLOAT32_BOUND,
+    PAUSE_S,
+    SEED,
+    Case,
+    describe_machine,
+    relative_error,
+)
+from image_encoder_vit.runtimes.drop_in import replace_sam_encoder
 
 STATES = ("before", "after")
 

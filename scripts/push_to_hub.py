@@ -1,82 +1,9 @@
 #!/usr/bin/env python
-"""
-Publishes a folder with the image encoder on the Hub: weights, settings, code and card in one commit. Before anything
-leaves, a fresh process loads the folder with its own code and must come to the same outputs. With --layout, the weights
-alone go out under another family's names, to the Hub or, with --export-to, to a file.
-"""
+"""The same as `image-encoder-vit push`."""
 
-import argparse
 import sys
 
-from transformers.utils import logging
-
-from image_encoder_vit.checkpoint_layouts import EXPORT_LAYOUTS
-from image_encoder_vit.export import export_weights
-from image_encoder_vit.hub_repository import one_line
-from image_encoder_vit.push import Pushed, push
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    logging.set_verbosity_error()
-    try:
-        if arguments.export_to is not None:
-            names = export_weights(arguments.model_dir, arguments.export_to, arguments.layout)
-            print(f"Wrote {len(names)} tensors in the layout {arguments.layout} to {arguments.export_to}")
-            return 0
-        pushed = push(
-            arguments.model_dir,
-            arguments.repo_id,
-            private=arguments.private or None,
-            revision=arguments.revision,
-            create_pr=arguments.create_pr,
-            dry_run=arguments.dry_run,
-            layout=arguments.layout,
-            token=arguments.token,
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command can be given again", file=sys.stderr)
-        return 130
-    report(pushed, arguments.dry_run)
-    return 0
-
-
-def report(pushed: Pushed, is_dry_run: bool) -> None:
-    """Prints what was published, or would be."""
-    for name, size in pushed.files.items():
-        print(f"{size:>13,} bytes  {name}")
-    if pushed.left_out:
-        print(f"Left out: {', '.join(pushed.left_out)}")
-    for notice in pushed.notices:
-        print(f"note: {notice}", file=sys.stderr)
-    if is_dry_run:
-        print(f"\nREADME.md:\n\n{pushed.card}")
-        print("Dry run: nothing was sent.")
-    else:
-        print(f"{pushed.url} at commit {pushed.commit}, tag {pushed.revision}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_dir", help="folder that pull_from_hub.py or save_pretrained wrote")
-    parser.add_argument("repo_id", nargs="?", help="repository to publish to, made where it does not exist")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to commit to, made where it does not exist; default: main")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--dry-run", action="store_true", help="check, and show files and card; touches no network")
-    parser.add_argument("--layout", choices=EXPORT_LAYOUTS, help="the weights alone, under another family's names")
-    parser.add_argument("--export-to", metavar="FILE.safetensors", help="with --layout: write a file, publish nothing")
-    parser.add_argument("--token", help="Hub token; better set HF_TOKEN, which no process list shows")
-    arguments = parser.parse_args()
-    if arguments.export_to is not None and arguments.layout is None:
-        parser.error("--export-to needs --layout")
-    if (arguments.export_to is None) == (arguments.repo_id is None):
-        parser.error("give either a repository or --export-to")
-    return arguments
-
+from image_encoder_vit.commands.push import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Fixtures and builders that several tests share."""
+"""Fixtures that several tests share, and the order in which things are imported."""
 
 import os
 
@@ -6,63 +6,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
-from small import SMALL
+from builders import small_model
 from suite_outcomes import pytest_configure, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401  Hooks.
-from torch import nn
 
-from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
-
-# The modules that saving copies beside the weights.
-REMOTE_CODE = {
-    "attention_image_encoder_vit.py",
-    "cpu_attention_image_encoder_vit.py",
-    "cpu_inference_image_encoder_vit.py",
-    "configuration_image_encoder_vit.py",
-    "feature_maps_image_encoder_vit.py",
-    "image_geometry_image_encoder_vit.py",
-    "image_presets_image_encoder_vit.py",
-    "image_processing_image_encoder_vit.py",
-    "modeling_image_encoder_vit.py",
-}
-
-
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """
-    Gives every parameter a random value of a trained model's size: positions far from zero, gains away from 1, so
-    that a mistake with any of them shows.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "rel_pos" in name or "pos_embed" in name:
-                value = 0.5 * noise
-            elif parameter.ndim == 1 and name.endswith("weight"):
-                value = 1 + 0.2 * noise
-            elif parameter.ndim == 1:
-                value = 0.2 * noise
-            else:
-                value = noise / parameter[0].numel() ** 0.5
-            parameter.copy_(value)
-    return model
-
-
-def small_model(seed: int = 0, **changes: object) -> ImageEncoderViTModel:
-    """A small random model in eval mode; `changes` go to its configuration."""
-    return randomize(ImageEncoderViTModel(ImageEncoderViTConfig(**{**SMALL, **changes})), seed).eval()
-
-
-def random_pixels(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Pixels as a processor gives them, -1 to 1."""
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """||actual - expected|| / ||expected||, in float64; NaN never compares as small."""
-    actual, expected = actual.to(torch.float64), expected.to(torch.float64)
-    assert actual.shape == expected.shape
-    return ((actual - expected).norm() / expected.norm()).item()
+from image_encoder_vit import ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import random_pixels, relative_error, small_model
+from builders import random_pixels, relative_error, small_model
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTModel, onnx_export
-from image_encoder_vit.onnx_export import export_onnx
-from image_encoder_vit.openvino import cpu_settings, openvino_encoder
+from image_encoder_vit.runtimes.onnx_export import export_onnx
+from image_encoder_vit.runtimes.openvino import cpu_settings, openvino_encoder
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "export_onnx.py"
 SIZE = (144, 208)

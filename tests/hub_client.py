@@ -146,8 +146,8 @@ def running_worker(environment: Mapping[str, str], folder: Path) -> Iterator[Wor
 
 def serve() -> None:
     """Forks a process for each job on stdin, answers with its id, and notes how each one ended."""
-    import image_encoder_vit.pull
-    import image_encoder_vit.push  # noqa: F401
+    import image_encoder_vit.weights.pull
+    import image_encoder_vit.weights.push  # noqa: F401
 
     sys.stdout.write("ready\n")
     sys.stdout.flush()
@@ -197,7 +197,7 @@ def run_job(job: dict[str, Any]) -> None:
         content: dict[str, Any] = {"result": call(job["function"], job["arguments"])}
     except Exception as error:
         traceback.print_exc()
-        from image_encoder_vit.hub_repository import one_line
+        from image_encoder_vit.weights.hub_repository import one_line
 
         content = {"error": [type(error).__name__, str(error), one_line(error)]}
     os.write(answer, json.dumps(content, default=str).encode())
@@ -208,8 +208,8 @@ def run_job(job: dict[str, Any]) -> None:
 
 def call(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
     from image_encoder_vit import push as push_module
-    from image_encoder_vit.http_ranges import RetryPolicy
-    from image_encoder_vit.pull import pull
+    from image_encoder_vit.storage.http_ranges import RetryPolicy
+    from image_encoder_vit.weights.pull import pull
 
     if function == "push_checked_before":
         # The check of the folder takes seconds, and is no part of what tests of the transfer are about.

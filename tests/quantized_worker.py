@@ -11,7 +11,7 @@ sys.path.append(torchao_folder)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torchao.quantization  # noqa: E402
-from conftest import random_pixels  # noqa: E402
+from builders import random_pixels  # noqa: E402
 from transformers import AutoModel, TorchAoConfig  # noqa: E402
 
 import image_encoder_vit  # noqa: E402, F401

@@ -12,7 +12,7 @@ from accelerate import (
     load_checkpoint_and_dispatch,
 )
 from accelerate.utils import compute_module_sizes
-from conftest import random_pixels, relative_error, small_model
+from builders import random_pixels, relative_error, small_model
 from transformers import AutoModel
 
 from image_encoder_vit import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel

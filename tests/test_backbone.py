@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_pixels, randomize, small_model
+from builders import random_pixels, randomize, small_model
 from small import SMALL
 from transformers import (
     AutoBackbone,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from image_encoder_vit.commands import benchmark
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "benchmark.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import benchmark  # noqa: E402
 
 # transformers' class needs 1694 MB beyond its weights at 1024 x 1024 px in float32, one whole bias 805 MB.
 MEMORY_BOUND_MB = 1694 / 8
@@ -50,8 +50,7 @@ def test_a_contender_that_differs_gets_no_number(
     arguments = ["--sizes", "64x128", "--dtypes", "float32", "--rounds", "2", "--no-memory"]
     arguments += ["--contenders", benchmark.OURS, "slightly wrong", "--json", str(tmp_path / "report.json")]
     threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    assert benchmark.main() == 1
+    assert benchmark.main(arguments) == 1
     assert torch.get_num_threads() == threads
     output = capsys.readouterr().out
     assert re.search(r"\n\| image-encoder-vit \| \d+\.\d\d \|", output)

@@ -12,7 +12,7 @@ from test_drop_in import built
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import benchmark_drop_in
 
-from image_encoder_vit.drop_in import find_sam_encoders, replace_sam_encoder
+from image_encoder_vit.runtimes.drop_in import find_sam_encoders, replace_sam_encoder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from image_encoder_vit import ImageEncoderViTConfig
-from image_encoder_vit.checkpoint_layouts import (
+from image_encoder_vit.weights.layouts import (
     EXPORT_LAYOUTS,
     expected_shapes,
     export_names,

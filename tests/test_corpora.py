@@ -1,7 +1,6 @@
 """Corpora: what scripts/extract_features.py finds, how it survives being killed, and what it writes."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -14,7 +13,6 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -29,26 +27,16 @@ from pyarrow import parquet
 from transformers import AutoModel
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil
-from image_encoder_vit.corpora_sources import Page, PageReader, ReadOptions, find_pages
-from image_encoder_vit.feature_extraction import PreparedPage, batches_by_shape
-from image_encoder_vit.feature_store import FeatureStore, differences
-from image_encoder_vit.output_folder import folder_lock
+from image_encoder_vit.commands import extract as script
+from image_encoder_vit.corpora.extraction import PreparedPage, batches_by_shape
+from image_encoder_vit.corpora.pages import Page, PageReader, ReadOptions, find_pages
+from image_encoder_vit.corpora.store import FeatureStore, differences
+from image_encoder_vit.storage.output_folder import folder_lock
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "extract_features.py"
 SAMPLE_PDF = ROOT / "samples" / "pages.pdf"
 KILLS = ["rank", "launcher"]
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("extract_features_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 @pytest.fixture(autouse=True)

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_pixels, relative_error, small_model
+from builders import random_pixels, relative_error, small_model
 from torch import Tensor
 
 from image_encoder_vit import ImageEncoderViTModel, modeling_image_encoder_vit
-from image_encoder_vit.attention_image_encoder_vit import (
+from image_encoder_vit.attention import (
     eager_attention,
     relative_logits,
     window_partition,
     window_unpartition,
 )
-from image_encoder_vit.cpu_attention_image_encoder_vit import attention_kernel, has_attention_kernel, kernel_attention
+from image_encoder_vit.cpu_kernel import attention_kernel, has_attention_kernel, kernel_attention
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

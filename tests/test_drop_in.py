@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload, infer_auto_device_map
 from accelerate.utils import compute_module_sizes
-from conftest import random_pixels, randomize, relative_error, small_model
+from builders import random_pixels, randomize, relative_error, small_model
 from safetensors.torch import load_file
 from test_pull_native import CLIP, ENCODER, KINDS, TEXT, classes
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from image_encoder_vit import ImageEncoderViT
-from image_encoder_vit.drop_in import find_sam_encoders, replace_sam_encoder
 from image_encoder_vit.modeling_image_encoder_vit import ImageEncoderViTBlock, ImageEncoderViTLinear
+from image_encoder_vit.runtimes.drop_in import find_sam_encoders, replace_sam_encoder
 
 BOUND = 1e-5
 IMAGE_TOKEN = 5
@@ -201,7 +201,7 @@ def test_the_hand_off_to_clip_is_unlimited_ocr_s() -> None:
 
 
 def published(encoder: nn.Module) -> dict[str, torch.Tensor]:
-    from image_encoder_vit.checkpoint_layouts import weights_below
+    from image_encoder_vit.weights.layouts import weights_below
 
     weights = encoder.state_dict()
     return {name: weights[theirs] for name, theirs in weights_below(weights, "").items()}

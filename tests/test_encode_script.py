@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil
-from image_encoder_vit.feature_pictures import page_beside_features, pca_to_rgb
+from image_encoder_vit.corpora.pictures import page_beside_features, pca_to_rgb
 
 pytest_plugins = ["hub_fixtures"]
 

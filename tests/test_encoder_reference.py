@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_pixels, randomize, relative_error
+from builders import random_pixels, randomize, relative_error
 from reference import encode
 from small import SMALL
 

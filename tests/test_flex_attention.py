@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import random_pixels, relative_error, small_model
+from builders import random_pixels, relative_error, small_model
 from torch import Tensor
 
 from image_encoder_vit import ImageEncoderViTModel
-from image_encoder_vit.attention_image_encoder_vit import eager_attention, flex_attention, relative_logits
+from image_encoder_vit.attention import eager_attention, flex_attention, relative_logits
 
 pytest.importorskip("torch.nn.attention.flex_attention", reason="torch before 2.5 has no FlexAttention")
 GRID = (5, 7)

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from image_encoder_vit.image_geometry_image_encoder_vit import (
+from image_encoder_vit.image_geometry import (
     Placement,
     cell_to_pixels,
     contain_size,

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from image_encoder_vit import ImageEncoderViTImageProcessor, ImageEncoderViTImageProcessorPil
-from image_encoder_vit.image_presets_image_encoder_vit import PRESETS
+from image_encoder_vit.image_presets import PRESETS
 
 try:
     import torchvision  # noqa: F401

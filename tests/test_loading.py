@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REMOTE_CODE, random_pixels, small_model
+from builders import REMOTE_CODE, random_pixels, small_model
 from safetensors.torch import load_file, save_file
 from small import SMALL
 from transformers import AutoImageProcessor, AutoModel

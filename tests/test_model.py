@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import random_pixels, relative_error, small_model
+from builders import random_pixels, relative_error, small_model
 from small import SMALL
 
 from image_encoder_vit import (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_model
+from builders import small_model
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil
-from image_encoder_vit.feature_store import check_manifest, merge, shard_name, write_unit
+from image_encoder_vit.corpora.store import check_manifest, merge, shard_name, write_unit
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,9 +26,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_the_package_and_its_licence(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
-    sources = {f"image_encoder_vit/{path.name}" for path in (ROOT / "image_encoder_vit").glob("*.py")}
-    sources.add("image_encoder_vit/cpu_attention.c")
-    built = {"image_encoder_vit/_cpu_attention.so"}  # where there is a compiler for it
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "image_encoder_vit").rglob("*.py")}
+    sources.add("image_encoder_vit/cpu_kernel.c")
+    built = {"image_encoder_vit/_cpu_kernel.so"}  # where there is a compiler for it
     assert {name for name in names if name.startswith("image_encoder_vit/")} - built == sources
     assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
     assert {name.split("/")[0] for name in names} == {"image_encoder_vit", names[-1].split("/")[0]}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_pixels, randomize, relative_error, small_model
+from builders import random_pixels, randomize, relative_error, small_model
 from native import NATIVE, native_twin, sam_twin
 from small import SMALL
 

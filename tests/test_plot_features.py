@@ -1,27 +1,16 @@
 """Pictures of what the encoder makes of a page: scripts/plot_features.py and its maths."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from conftest import random_pixels, small_model
+from builders import random_pixels, small_model
 from PIL import Image
 
-from image_encoder_vit.feature_pictures import attention_of_cell, cell_at, similarity_to_cell
+from image_encoder_vit.commands import plot as script
+from image_encoder_vit.corpora.pictures import attention_of_cell, cell_at, similarity_to_cell
 
 ROOT = Path(__file__).parent.parent
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_features_script", ROOT / "scripts" / "plot_features.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 @pytest.mark.parametrize("block", [1, 3])

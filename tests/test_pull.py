@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import REMOTE_CODE
 from checkpoints import RECIPES, SMALL, Recipe, encoder_weights, folder_files, laid_out, write_checkpoint, write_tensors
-from conftest import REMOTE_CODE
 from hub_client import Worker, client_environment, run_script
 from hub_server import READ_TOKEN, HubServer
 from safetensors.torch import load_file, save_file
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
-from image_encoder_vit.pull import pull
+from image_encoder_vit.weights.pull import pull
 
 pytest_plugins = ["hub_fixtures"]
 

@@ -17,7 +17,7 @@ from hub_client import Outcome, Worker, client_environment, run_script
 from hub_server import WRITE_TOKEN, Fault, HubServer
 from safetensors.torch import load_file
 
-from image_encoder_vit.safetensors_format import BYTES_PER_VALUE, build_header
+from image_encoder_vit.storage.safetensors_format import BYTES_PER_VALUE, build_header
 
 pytest_plugins = ["hub_fixtures"]
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import relative_error
+from builders import relative_error
 from safetensors.torch import load_file
 from torch import nn
 
 from image_encoder_vit import ImageEncoderViTModel
-from image_encoder_vit.export import export_weights
-from image_encoder_vit.pull import pull
+from image_encoder_vit.weights.export import export_weights
+from image_encoder_vit.weights.pull import pull
 
 ENCODER = {
     "hidden_size": 32,

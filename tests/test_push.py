@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import REMOTE_CODE
 from checkpoints import RECIPES, encoder_weights, folder_files, write_checkpoint
-from conftest import REMOTE_CODE
 from hub_client import Call, Worker, client_environment, run_script
 from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from huggingface_hub import metadata_load
@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
-from image_encoder_vit.export import export_weights
-from image_encoder_vit.model_card import END_MARK, START_MARK, build_card
-from image_encoder_vit.pull import pull
+from image_encoder_vit.weights.export import export_weights
+from image_encoder_vit.weights.model_card import END_MARK, START_MARK, build_card
+from image_encoder_vit.weights.pull import pull
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -157,7 +157,7 @@ def change_preprocessing_code(folder: Path) -> None:
 
 
 def break_code(folder: Path) -> None:
-    append(folder / "attention_image_encoder_vit.py", "\nimport a_module_that_nobody_has\n")
+    append(folder / "attention.py", "\nimport a_module_that_nobody_has\n")
 
 
 def break_settings(folder: Path) -> None:

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from image_encoder_vit.checkpoint_files import LocalTensors
-from image_encoder_vit.pull import pull
-from image_encoder_vit.safetensors_format import MAX_HEADER_BYTES, TensorSpec, build_header, parse_header
-from image_encoder_vit.safetensors_ranges import Staging, plan_download, plan_runs
+from image_encoder_vit.storage.safetensors_format import MAX_HEADER_BYTES, TensorSpec, build_header, parse_header
+from image_encoder_vit.storage.safetensors_ranges import Staging, plan_download, plan_runs
+from image_encoder_vit.weights.files import LocalTensors
+from image_encoder_vit.weights.pull import pull
 
 pytest_plugins = ["hub_fixtures"]
 

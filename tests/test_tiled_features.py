@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error, small_model
+from builders import relative_error, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from builders import random_pixels, relative_error, small_model
 from checkpoints import folder_files
-from conftest import random_pixels, relative_error, small_model
 from finetune_script import SCRIPT, finetune, interrupt_after
 from hub_client import client_environment, run_script
 from hub_server import HubServer
@@ -29,7 +29,7 @@ from small import SMALL
 from transformers import AutoImageProcessor, AutoModel
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
-from image_encoder_vit.fine_tuning import (
+from image_encoder_vit.training.fine_tuning import (
     LORA_TARGETS,
     ImageEncoderViTClassifier,
     ImageFolder,

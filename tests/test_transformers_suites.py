@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 import transformers_suites
-from conftest import random_pixels
+from builders import random_pixels
 from suites_not_applicable import NOT_APPLICABLE
 from torch import nn
 from transformers import pipeline
@@ -30,7 +30,7 @@ from image_encoder_vit import (
     ImageEncoderViTImageProcessorPil,
     ImageEncoderViTModel,
 )
-from image_encoder_vit.fine_tuning import ImageEncoderViTClassifier
+from image_encoder_vit.training.fine_tuning import ImageEncoderViTClassifier
 
 try:
     SUITES = transformers_suites.load()

@@ -16,8 +16,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil as Processor
-from image_encoder_vit.image_geometry_image_encoder_vit import choose_tile_grid, longest_side_size
-from image_encoder_vit.image_presets_image_encoder_vit import PRESETS
+from image_encoder_vit.image_geometry import choose_tile_grid, longest_side_size
+from image_encoder_vit.image_presets import PRESETS
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

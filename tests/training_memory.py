@@ -4,7 +4,7 @@ import resource
 import sys
 
 import torch
-from conftest import random_pixels
+from builders import random_pixels
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTModel
 

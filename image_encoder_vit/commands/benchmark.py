@@ -1,0 +1,492 @@
+"""Times the encoder side by side with other implementations of it, on the same random weights and the same pixels.
+
+Every contender must agree with transformers' class first; one that does not gets no number. Rounds are interleaved, so
+that all contenders see the same machine; the ratio is the median of the rounds' ratios.
+"""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import logging
+
+from .. import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel
+from ..attention import resize_pos_embed, resize_rel_pos
+from ..runtimes.fixed_size import FixedSizeEncoder, export_program, without_exporters_warnings
+from ..runtimes.openvino import compile_for_openvino
+from ..weights.layouts import TRANSFORMERS_NAMES, rename
+
+BASELINE = "transformers sdpa"
+OURS = "image-encoder-vit"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FLOAT32_BOUND = 1e-5  # relative error against the baseline
+BFLOAT16_FACTOR = 1.15  # error against float32, over the baseline's
+GEMM_SHAPE = (4096, 768, 3072)  # lin1 at 1024 x 1024 px
+SEED = 0
+# A short pause lets the threads of one runtime stop spinning before another one's are timed.
+PAUSE_S = 0.05
+
+Run = Callable[[Tensor], Tensor]
+
+
+class Case(NamedTuple):
+    """One row of the table: an image size in px, a batch and a precision."""
+
+    height_px: int
+    width_px: int
+    batch: int
+    dtype: str
+
+    @property
+    def pixels(self) -> Tensor:
+        generator = torch.Generator().manual_seed(SEED)
+        pixels = torch.rand(self.batch, 3, self.height_px, self.width_px, generator=generator) * 2 - 1
+        return pixels.to(DTYPES[self.dtype])
+
+    def __str__(self) -> str:
+        return f"{self.height_px} x {self.width_px} px, batch {self.batch}, {self.dtype}"
+
+
+class Result(NamedTuple):
+    """What was measured of one contender in one case."""
+
+    contender: str
+    median_s: float
+    spread: float
+    ratio: float
+    error: float
+    gflop_per_s: float
+    share_of_gemm: float
+    extra_memory_mb: float | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    logging.set_verbosity_error()
+    torch.set_num_threads(arguments.threads)
+    if arguments.measure_memory:
+        print(measure_memory(arguments.measure_memory, arguments.cases[0], arguments.deepseek_file))
+        return 0
+    print(describe_machine(), flush=True)
+    report: dict[str, Any] = {"machine": describe_machine(), "cases": []}
+    failed = False
+    for case in arguments.cases:
+        print(f"\n{case}", flush=True)
+        results, refused = benchmark(case, arguments)
+        failed |= bool(refused)
+        print_table(results, refused)
+        report["cases"].append({"case": case._asdict(), "results": [r._asdict() for r in results], "refused": refused})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.plot:
+        plot(report, arguments.plot)
+    return 1 if failed else 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["1024x1024"], metavar="HxW", help="image sizes in px")
+    parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DTYPES])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--contenders", nargs="+", choices=[*CONTENDERS], default=[BASELINE, OURS])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--deepseek-file", type=Path, help="path to DeepSeek-OCR's deepencoder.py, for 'deepseek'")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory unmeasured")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--plot", type=Path, help="draw the medians there (needs matplotlib)")
+    parser.add_argument("--measure-memory", choices=[*CONTENDERS], help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    arguments.cases = [
+        Case(height_px, width_px, batch, dtype)
+        for height_px, width_px in (map(int, size.split("x")) for size in arguments.sizes)
+        for batch in arguments.batches
+        for dtype in arguments.dtypes
+    ]
+    return arguments
+
+
+def describe_machine() -> str:
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        model = names[0].strip() if names else model
+    return (
+        f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def random_encoder(dtype: str) -> ImageEncoderViTModel:
+    """The full-size model with seeded weights, none of them zero, positions as large as a trained model's."""
+    torch.manual_seed(SEED)
+    model = ImageEncoderViTModel(ImageEncoderViTConfig()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "pos" not in name:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            elif "pos" in name:
+                parameter.normal_(std=0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.to(DTYPES[dtype])
+
+
+def build_transformers(case: Case, attn_implementation: str) -> "FirstOutput":
+    """The class of the same encoder in transformers, with the same weights."""
+    module = importlib.import_module("transformers.models.unlimited_ocr.modeling_unlimited_ocr")
+    config = module.UnlimitedOcrSamVisionConfig()
+    native = module.UnlimitedOcrSamVisionEncoder._from_config(config, attn_implementation=attn_implementation).eval()
+    weights = random_encoder("float32").encoder.state_dict()
+    native.load_state_dict({rename(name, TRANSFORMERS_NAMES): weight for name, weight in weights.items()})
+    return FirstOutput(native.to(DTYPES[case.dtype]))
+
+
+class FirstOutput(nn.Module):
+    """A transformers model as a module from pixels to features."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values).last_hidden_state
+
+
+def run_transformers_sdpa(case: Case, deepseek_file: Path | None) -> Run:
+    return build_transformers(case, "sdpa")
+
+
+def run_transformers_eager(case: Case, deepseek_file: Path | None) -> Run:
+    return build_transformers(case, "eager")
+
+
+def run_ours(case: Case, deepseek_file: Path | None) -> Run:
+    return FirstOutput(random_encoder(case.dtype))
+
+
+def run_ours_compiled(case: Case, deepseek_file: Path | None) -> Run:
+    model = random_encoder(case.dtype)
+    for block in model.encoder.blocks:
+        block.compile()
+    return FirstOutput(model)
+
+
+def run_deepseek(case: Case, deepseek_file: Path | None) -> Run:
+    """DeepSeek's own file, which holds `build_sam_vit_b`."""
+    if deepseek_file is None:
+        raise ImportError("give the path of DeepSeek-OCR's deepencoder.py with --deepseek-file")
+    spec = importlib.util.spec_from_file_location("deepencoder", deepseek_file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    encoder = module.build_sam_vit_b(checkpoint=None).eval()
+    encoder.load_state_dict(random_encoder("float32").encoder.state_dict())
+    return encoder.to(DTYPES[case.dtype])
+
+
+def run_segment_anything(case: Case, deepseek_file: Path | None) -> Run:
+    """The original package's encoder up to the neck, then this package's two convolutions."""
+    if case.height_px != case.width_px:
+        raise ImportError("it takes square images only")
+    module = importlib.import_module("segment_anything.modeling.image_encoder")
+    normalization = functools.partial(nn.LayerNorm, eps=1e-6)
+    theirs = module.ImageEncoderViT(
+        img_size=case.height_px,
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=(2, 5, 8, 11),
+        norm_layer=normalization,
+    )
+    return with_convolutions(theirs, case, rename=lambda name: name)
+
+
+def run_timm(case: Case, deepseek_file: Path | None) -> Run:
+    """The encoder of timm up to the neck, then this package's two convolutions."""
+    timm = importlib.import_module("timm")
+    size = case.height_px, case.width_px
+    theirs = timm.create_model("samvit_base_patch16", img_size=size, num_classes=0, global_pool="")
+    return with_convolutions(theirs, case, rename=lambda name: name.replace("mlp.lin", "mlp.fc"))
+
+
+def with_convolutions(theirs: nn.Module, case: Case, rename: Callable[[str], str]) -> Run:
+    """A peer that ends with the neck, with this package's weights and the convolutions that follow it."""
+    ours = with_baked_positions(random_encoder("float32").encoder, case)
+    grid = case.height_px // ours.patch_size, case.width_px // ours.patch_size
+    weights = {rename(name): weight for name, weight in ours.state_dict().items() if not name.startswith("net_")}
+    for name, table in theirs.state_dict().items():
+        for side, length in zip(("rel_pos_h", "rel_pos_w"), grid, strict=True):
+            if name.endswith(side) and table.shape != weights[name].shape:
+                weights[name] = resize_rel_pos(weights[name], length)
+    theirs.load_state_dict(weights)
+    return nn.Sequential(theirs, ours.net_2, ours.net_3).eval().to(DTYPES[case.dtype])
+
+
+def run_openvino(case: Case, deepseek_file: Path | None) -> Run:
+    """The class of transformers, converted by OpenVINO."""
+    native = build_transformers(case._replace(dtype="float32"), "sdpa")
+    with_baked_positions(native.model, case)
+    with torch.no_grad(), without_exporters_warnings():
+        program = torch.export.export(native, (case._replace(dtype="float32").pixels,), strict=False)
+    return in_openvino(program, case)
+
+
+def run_openvino_ours(case: Case, deepseek_file: Path | None) -> Run:
+    """The encoder of this package, as `openvino_encoder` runs it."""
+    encoder = FixedSizeEncoder(random_encoder("float32"), (case.height_px, case.width_px), chunked=False)
+    return in_openvino(export_program(encoder), case)
+
+
+def with_baked_positions(encoder: Any, case: Case) -> Any:
+    """The encoder with `pos_embed` resized for the case: exporters have no antialiased bicubic resize."""
+    grid = case.height_px // 16, case.width_px // 16
+    encoder.pos_embed = nn.Parameter(resize_pos_embed(encoder.pos_embed.detach(), grid))
+    return encoder
+
+
+def in_openvino(program: ExportedProgram, case: Case) -> Run:
+    """A graph whose first output is the feature map, run by OpenVINO in the precision of the case."""
+    precision = {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
+    shape = (case.batch, 3, case.height_px, case.width_px)
+    compiled = compile_for_openvino(program, shape, precision, torch.get_num_threads())
+    return lambda pixels: torch.from_numpy(compiled([pixels.to(torch.float32).numpy()])[0])
+
+
+def run_onnxruntime(case: Case, deepseek_file: Path | None) -> Run:
+    """The class of transformers, exported to ONNX, in ONNX Runtime; float32 only."""
+    if case.dtype != "float32":
+        raise ImportError("its CPU kernels have no bfloat16")
+    onnxruntime = importlib.import_module("onnxruntime")
+    pixels = case.pixels
+    native = build_transformers(case, "sdpa")
+    with_baked_positions(native.model, case)
+    with torch.no_grad():
+        program = torch.onnx.export(native, (pixels,), dynamo=True, verbose=False)
+    assert program is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
+    name = session.get_inputs()[0].name
+    return lambda pixels: torch.from_numpy(session.run(None, {name: pixels.numpy()})[0])
+
+
+CONTENDERS: dict[str, Callable[[Case, Path | None], Run]] = {
+    BASELINE: run_transformers_sdpa,
+    "transformers eager": run_transformers_eager,
+    OURS: run_ours,
+    f"{OURS} compiled": run_ours_compiled,
+    "deepseek": run_deepseek,
+    "segment-anything": run_segment_anything,
+    "timm": run_timm,
+    "openvino": run_openvino,
+    f"openvino of {OURS}": run_openvino_ours,
+    "onnxruntime": run_onnxruntime,
+}
+
+
+@torch.inference_mode()
+def benchmark(case: Case, arguments: argparse.Namespace) -> tuple[list[Result], dict[str, str]]:
+    """Results of the contenders that agree with the baseline; the reasons of those that cannot be timed."""
+    names = list(dict.fromkeys([BASELINE, *arguments.contenders]))
+    pixels = case.pixels
+    exact = build_transformers(case._replace(dtype="float32"), "sdpa")(pixels.to(torch.float32))
+    runs: dict[str, Run] = {}
+    errors: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name in names:
+        try:
+            run = CONTENDERS[name](case, arguments.deepseek_file)
+        except ImportError as error:
+            print(f"  {name}: not available: {error}")
+            continue
+        errors[name] = relative_error(run(pixels), exact)
+        bound = FLOAT32_BOUND if case.dtype == "float32" else BFLOAT16_FACTOR * errors[BASELINE]
+        if errors[name] <= bound:
+            runs[name] = run
+        else:
+            refused[name] = f"error {errors[name]:.1e} exceeds {bound:.1e}"
+
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    gemm_rates = []
+    for _ in range(arguments.rounds):
+        gemm_rates.append(gemm_gflop_per_s(DTYPES[case.dtype]))
+        for name, run in runs.items():
+            time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            run(pixels)
+            times[name].append(time.perf_counter() - start)
+    gemm_rate = statistics.median(gemm_rates)
+    gflop = count_gflop(case)
+    results = []
+    for name, seconds in times.items():
+        median_s = statistics.median(seconds)
+        ratios = [theirs / ours for theirs, ours in zip(times[BASELINE], seconds, strict=True)]
+        results.append(
+            Result(
+                contender=name,
+                median_s=median_s,
+                spread=(max(seconds) - min(seconds)) / median_s,
+                ratio=statistics.median(ratios),
+                error=errors[name],
+                gflop_per_s=gflop / median_s,
+                share_of_gemm=gflop / median_s / gemm_rate,
+                extra_memory_mb=memory_of(name, case, arguments) if arguments.memory else None,
+            )
+        )
+    return results, refused
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.to(torch.float64), expected.to(torch.float64)
+    return float((actual - expected).norm() / expected.norm())
+
+
+def count_gflop(case: Case) -> float:
+    """What one forward pass must compute: projections of real tokens only, attention of whole windows."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        ImageEncoderViT()(torch.empty(case.batch, 3, case.height_px, case.width_px), attn_implementation="eager")
+    return counter.get_total_flops() / 1e9
+
+
+def gemm_gflop_per_s(dtype: torch.dtype) -> float:
+    """The machine's matrix rate: the better of PyTorch's linear layer and oneDNN's 1 x 1 convolution."""
+    rows, inner, columns = GEMM_SHAPE
+    left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    image = left.view(1, 64, 64, inner).permute(0, 3, 1, 2)
+    rates = []
+    for multiply in (lambda: F.linear(left, right), lambda: F.conv2d(image, right[:, :, None, None])):
+        multiply()
+        start = time.perf_counter()
+        multiply()
+        rates.append(2 * rows * inner * columns / 1e9 / (time.perf_counter() - start))
+    return max(rates)
+
+
+def memory_of(name: str, case: Case, arguments: argparse.Namespace) -> float | None:
+    """Peak memory in MB beyond what is held before the forward pass, in a process of its own; Linux only."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    command = [
+        sys.executable,
+        "-m",
+        "image_encoder_vit.commands.benchmark",
+        "--measure-memory",
+        name,
+        "--threads",
+        str(arguments.threads),
+    ]
+    command += ["--sizes", f"{case.height_px}x{case.width_px}", "--batches", str(case.batch), "--dtypes", case.dtype]
+    if arguments.deepseek_file:
+        command += ["--deepseek-file", str(arguments.deepseek_file)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    return float(result.stdout.strip().splitlines()[-1])
+
+
+@torch.inference_mode()
+def measure_memory(name: str, case: Case, deepseek_file: Path | None) -> float:
+    run = CONTENDERS[name](case, deepseek_file)
+    pixels = case.pixels
+    # A small image first, where the size is free: libraries allocate on first use.
+    if not name.startswith(("openvino", "onnxruntime")):
+        run(case._replace(height_px=64, width_px=64).pixels)
+    before_kb = memory_kb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    run(pixels)
+    return (memory_kb("VmHWM") - before_kb) * 1024 / 1e6
+
+
+def memory_kb(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}.")
+
+
+def print_table(results: Sequence[Result], refused: dict[str, str]) -> None:
+    header = ["contender", "median s", "spread", "x baseline", "error", "GFLOP/s", "of GEMM", "extra MB"]
+    rows = [
+        [
+            r.contender,
+            f"{r.median_s:.2f}",
+            f"{r.spread:.0%}",
+            f"{r.ratio:.2f}",
+            f"{r.error:.1e}",
+            f"{r.gflop_per_s:.0f}",
+            f"{r.share_of_gemm:.0%}",
+            "-" if r.extra_memory_mb is None else f"{r.extra_memory_mb:.0f}",
+        ]
+        for r in results
+    ]
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    for name, reason in refused.items():
+        print(f"refused: {name}: {reason}")
+    sys.stdout.flush()
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Bars of the medians, a group for each case; from three sizes or batches on, how time and memory grow."""
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    cases = report["cases"]
+    if len({case_megapixels(entry) for entry in cases}) >= 3:
+        figure = plot_growth(pyplot, cases)
+    else:
+        figure, axes = pyplot.subplots(1, len(cases), figsize=(4 * len(cases), 4), squeeze=False, layout="constrained")
+        for axis, entry in zip(axes[0], cases, strict=True):
+            names = [result["contender"] for result in entry["results"]]
+            axis.barh(names[::-1], [result["median_s"] for result in entry["results"]][::-1])
+            axis.set_title(str(Case(**entry["case"])), fontsize=8)
+            axis.set_xlabel("median s")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_growth(pyplot: Any, cases: Sequence[dict[str, Any]]) -> Any:
+    """Time and memory against the megapixels of a batch, a line for each contender and precision."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    lines: dict[str, list[tuple[float, float, float | None]]] = {}
+    for entry in cases:
+        for result in entry["results"]:
+            label = f"{result['contender']}, {entry['case']['dtype']}"
+            measured = case_megapixels(entry), result["median_s"], result["extra_memory_mb"]
+            lines.setdefault(label, []).append(measured)
+    for label, points in lines.items():
+        megapixels, seconds, memory_mb = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        axes[0].plot(megapixels, seconds, marker="o", label=label)
+        if None not in memory_mb:
+            axes[1].plot(megapixels, memory_mb, marker="o", label=label)
+    sizes = sorted({case_megapixels(entry) for entry in cases})
+    for axis, unit in zip(axes, ("median s", "MB beyond the weights"), strict=True):
+        axis.set(xlabel="megapixels in the batch", ylabel=unit, xscale="log", yscale="log")
+        axis.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+        axis.set_xticks([], minor=True)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def case_megapixels(entry: dict[str, Any]) -> float:
+    case = Case(**entry["case"])
+    return case.batch * case.height_px * case.width_px / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(main())

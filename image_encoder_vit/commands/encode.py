@@ -1,0 +1,187 @@
+"""Encodes images and saves their features: the main job of the package, as a command."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers.utils import logging
+
+from ..corpora.pictures import page_beside_features
+from ..image_geometry import Region, Size
+from ..image_presets import PRESETS
+from ..image_processing_image_encoder_vit import open_image, to_rgb
+from ..storage.atomic_file import atomic_file
+from .loading import RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, load_model, load_processor
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
+MAX_PLOT_ROWS = 16
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Encoded(NamedTuple):
+    """
+    One image's features (C, h, w) on the host, and what the processor said about its place on the canvas. `local` is
+    the stitched map of its tiles, None if it has none.
+    """
+
+    name: str
+    page: Image.Image
+    features: torch.Tensor
+    original_size: Size
+    valid_region: Region
+    local: torch.Tensor | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        paths = find_images(arguments.images)
+        device = choose_device(arguments.device)
+        model = load_model(arguments.checkpoint, DTYPES[arguments.dtype] if arguments.dtype else None).to(device)
+        processor = load_processor(arguments.checkpoint, preset=arguments.preset)
+    except (OSError, ValueError) as error:
+        print(f"error: {first_lines(error)}", file=sys.stderr)
+        return 2
+
+    if arguments.checkpoint is None:
+        print(RANDOM_WEIGHTS_NOTICE)
+    print(f"{len(paths)} image(s), {model.dtype} on {device}".replace("torch.", ""))
+    encoded: list[Encoded] = []
+    failures = 0
+    with tqdm(paths, unit="image", file=sys.stderr) as progress:
+        for path in progress:
+            try:
+                result, report = encode_image(path, processor, model, do_pad=arguments.pad)
+            except (OSError, ValueError) as error:
+                failures += 1
+                progress.write(f"{path}: skipped: {first_lines(error)}", file=sys.stderr)
+                continue
+            encoded.append(result)
+            progress.write(report)
+
+    if encoded:
+        write_features(encoded, arguments.output, arguments.checkpoint)
+        print(f"Wrote the features of {len(encoded)} image(s) to {arguments.output}")
+        if arguments.plot:
+            draw(encoded[:MAX_PLOT_ROWS], model.encoder.stride).save(arguments.plot)
+            print(f"Drew {min(len(encoded), MAX_PLOT_ROWS)} of {len(encoded)} image(s) to {arguments.plot}")
+    if failures:
+        print(f"error: {failures} of {len(paths)} image(s) could not be encoded, see above", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("--checkpoint", help="model folder or Hub id; without it, random weights are used")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="where features go")
+    parser.add_argument("--device", default="auto", help='"auto" (default), "cpu", "cuda", "cuda:1", "mps", ...')
+    parser.add_argument("--dtype", choices=[*DTYPES], help="default: the checkpoint's, float32 for random weights")
+    parser.add_argument(
+        "--preset", choices=[*PRESETS], help="views of each image; gundam adds tiles (default: the checkpoint's)"
+    )
+    parser.add_argument("--no-pad", dest="pad", action="store_false", help="keep the aspect ratio without padding")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw each page beside its features")
+    return parser.parse_args(argv)
+
+
+def first_lines(error: BaseException, count: int = 4) -> str:
+    """The message of an error, cut to a few lines."""
+    return "\n".join(str(error).strip().splitlines()[:count])
+
+
+def find_images(arguments: Iterable[Path]) -> list[Path]:
+    """
+    The files named, and the image files below the folders named, sorted, each once.
+
+    Raises:
+        ValueError: If a folder holds no image.
+    """
+    paths: dict[Path, None] = {}
+    for argument in arguments:
+        if not argument.is_dir():
+            paths[argument] = None
+            continue
+        found = sorted(path for path in argument.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise ValueError(f"No image in folder {str(argument)!r}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        paths.update(dict.fromkeys(found))
+    return list(paths)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the one Accelerate chooses, an accelerator before the CPU."""
+    if name == "auto":
+        return PartialState().device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"Cannot use --device {name}: {first_lines(error, 1)}") from error
+
+
+@torch.inference_mode()
+def encode_image(path: Path, processor: Any, model: Any, *, do_pad: bool) -> tuple[Encoded, str]:
+    """Encodes one image file; returns its features and a line to print about it."""
+    page = to_rgb(open_image(path))
+    start = time.perf_counter()
+    inputs = processor(page, return_tensors="pt", do_pad=do_pad)
+    outputs = model(**inputs.to(model.device))
+    features = outputs.last_hidden_state[0].cpu()
+    local = outputs.local_feature_maps[0] if outputs.local_feature_maps else None
+    elapsed_s = time.perf_counter() - start
+    height_px, width_px = inputs["pixel_values"].shape[2:]
+    patch_px = model.config.patch_size
+    report = (
+        f"{path}: {page.height} x {page.width} px -> {height_px} x {width_px} px, "
+        f"grid {height_px // patch_px} x {width_px // patch_px}, "
+        f"features {tuple(features.shape)}, {outputs.patch_embeds.shape[1]} tokens, {elapsed_s:.2f} s"
+    )
+    if local is not None:
+        rows, columns = inputs["tile_grids"][0].tolist()
+        report += f", {rows} x {columns} tiles, features {tuple(local.shape)}"
+    height, width = inputs["original_sizes"][0].tolist()
+    top, left, valid_height, valid_width = inputs["valid_regions"][0].tolist()
+    region = (top, left, valid_height, valid_width)
+    local = local.cpu() if local is not None else None
+    return Encoded(str(path), page, features, (height, width), region, local), report
+
+
+def write_features(encoded: list[Encoded], output: Path, checkpoint: str | None) -> None:
+    """
+    Writes one tensor (C, h, w) an image, named by its path, one more with ":tiles" after the name where it has tiles,
+    and where each image lies on its canvas as metadata.
+    """
+    images = {e.name: {"original_size": e.original_size, "valid_region": e.valid_region} for e in encoded}
+    metadata = {"images": json.dumps(images), "checkpoint": checkpoint or f"random weights, seed {RANDOM_SEED}"}
+    tensors = {e.name: e.features.contiguous() for e in encoded}
+    tensors |= {f"{e.name}:tiles": e.local.contiguous() for e in encoded if e.local is not None}
+    with atomic_file(output) as partial:
+        save_file(tensors, partial, metadata=metadata)
+
+
+def draw(encoded: list[Encoded], stride: int) -> Image.Image:
+    """The pages beside their features, one below the other."""
+    rows = [page_beside_features(e.page, e.features, e.valid_region, stride) for e in encoded]
+    gap_px = 16
+    height = sum(row.height for row in rows) + gap_px * (len(rows) - 1)
+    picture = Image.new("RGB", (max(row.width for row in rows), height), (255, 255, 255))
+    top = 0
+    for row in rows:
+        picture.paste(row, (0, top))
+        top += row.height + gap_px
+    return picture
+
+
+if __name__ == "__main__":
+    sys.exit(main())

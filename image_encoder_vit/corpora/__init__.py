@@ -1,0 +1,1 @@
+"""Features of whole corpora, and pictures of them."""

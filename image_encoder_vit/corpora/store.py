@@ -1,0 +1,319 @@
+"""
+Features of a corpus on the disk: written unit by unit so that nothing is lost or written twice when a process dies, and
+read page by page.
+
+A unit is a run of consecutive pages. Its features are one file of `shards/`; its rows of the index, in a hidden folder
+until all units are there, are written last and say that it is complete. Both appear under their names at once, brought
+to the disk. What a unit holds depends on nothing but its pages and the settings, so whichever process makes it again
+makes the same bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as compute
+import pyarrow.parquet as parquet
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from .pages import Page
+
+MANIFEST_FILE, INDEX_FILE, REJECTS_FILE = "manifest.json", "index.parquet", "rejects.parquet"
+SHARDS, WORK = "shards", ".work"
+PLAN_FILE = "plan.arrow"
+PAGES_PER_WRITE = 4096
+MAX_OPEN_SHARDS = 16
+
+PLAN_SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("page", pa.int32()),
+        ("kind", pa.string()),
+        ("path", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("stamp", pa.string()),
+        ("problem", pa.string()),
+    ]
+)
+# Sizes and regions in px, the grid in cells, (rows, columns); `row` is the name of the tensor in its shard.
+INDEX_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("page", pa.int32()),
+        ("original_size", pa.list_(pa.int32(), 2)),
+        ("valid_region", pa.list_(pa.int32(), 4)),
+        ("grid", pa.list_(pa.int32(), 2)),
+        ("shard", pa.string()),
+        ("row", pa.int32()),
+        ("sha256", pa.string()),
+    ]
+)
+REJECTS_SCHEMA = pa.schema(
+    [("id", pa.string()), ("source", pa.string()), ("page", pa.int32()), ("reason", pa.string())]
+)
+UNIT_SCHEMA = pa.schema([*INDEX_SCHEMA, ("reason", pa.string())])
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that appears complete or not at all, and stays after a power failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    _rename(partial, path)
+
+
+def _rename(partial: Path, path: Path) -> None:
+    partial.replace(path)
+    if os.name != "nt":  # Folders cannot be opened there.
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, new_writer: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        with new_writer(file, schema) as writer:
+            for table in tables:
+                if table.num_rows:
+                    writer.write_table(table)
+        file.flush()
+        os.fsync(file.fileno())
+    _rename(partial, path)
+
+
+class Plan:
+    """The pages of a corpus on the disk, in order, cut into units of `pages_per_unit`."""
+
+    def __init__(self, folder: Path, pages_per_unit: int) -> None:
+        self.path = str(folder / WORK / PLAN_FILE)
+        self.pages_per_unit = pages_per_unit
+        self.table = self._map()
+
+    def _map(self) -> pa.Table:
+        """The list as it lies on the disk, shared by all processes: of millions of pages none is a Python object."""
+        return pa.ipc.open_file(pa.memory_map(self.path)).read_all()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"table": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.table = self._map()
+
+    @property
+    def num_pages(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def num_units(self) -> int:
+        return -(-self.num_pages // self.pages_per_unit)
+
+    def positions(self, unit: int) -> range:
+        """The numbers of the pages of a unit."""
+        start = unit * self.pages_per_unit
+        return range(start, min(start + self.pages_per_unit, self.num_pages))
+
+    def page(self, position: int) -> Page:
+        return Page(**self.table.slice(position, 1).to_pylist()[0])
+
+
+def write_plan(folder: Path, pages: Iterable[Page]) -> str:
+    """
+    Writes the list of pages for all processes; returns a digest of it. Pages are never all in memory.
+
+    Raises:
+        ValueError: If there is no page.
+    """
+    digest = hashlib.sha256()
+
+    def tables() -> Iterator[pa.Table]:
+        rows: list[dict[str, Any]] = []
+        for page in pages:
+            digest.update(json.dumps(page).encode())
+            rows.append(page._asdict())
+            if len(rows) == PAGES_PER_WRITE:
+                yield pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+                rows = []
+        if rows:
+            yield pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+
+    _write_table(folder / WORK / PLAN_FILE, tables(), PLAN_SCHEMA, pa.ipc.new_file)
+    return digest.hexdigest()
+
+
+def check_folder(folder: Path) -> None:
+    """
+    Checks that features can be written to the folder, or a run that was begun there be finished.
+
+    Raises:
+        FileExistsError: If it holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{str(folder)!r} is no folder: choose another --output.")
+    if not folder.is_dir() or (folder / MANIFEST_FILE).exists():
+        return
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name != WORK)
+    if others:
+        raise FileExistsError(
+            f"{str(folder)!r} holds something else, {others[0]!r}: choose another folder, or remove it."
+        )
+
+
+def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """
+    Writes the manifest of a run; if there is one of an earlier run, compares it.
+
+    Raises:
+        ValueError: If the earlier run had other inputs, settings or weights, naming them.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changes = differences(before, json.loads(json.dumps(manifest)))
+    if changes:
+        raise ValueError(
+            f"{str(folder)!r} is of a run with other settings or inputs: {'; '.join(changes)}. Run the same command "
+            "as before, or choose another folder."
+        )
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two values of JSON, as lines "name was ..., is ..."."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted(before.keys() | now.keys())
+            for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if before == now else [f"{name} was {before!r}, is {now!r}"]
+
+
+def _unit_path(folder: Path, unit: int) -> Path:
+    return folder / WORK / "units" / f"unit-{unit:06d}.parquet"
+
+
+def shard_name(unit: int) -> str:
+    return f"{SHARDS}/shard-{unit:06d}.safetensors"
+
+
+def is_complete(folder: Path, unit: int) -> bool:
+    return _unit_path(folder, unit).exists()
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what a killed run was writing. Only while no other process works on the folder."""
+    for place in (folder, folder / SHARDS, folder / WORK, folder / WORK / "units"):
+        for path in place.glob(".*.partial"):
+            path.unlink(missing_ok=True)
+
+
+def write_unit(folder: Path, unit: int, features: dict[int, torch.Tensor], rows: list[dict[str, Any]]) -> None:
+    """
+    Makes a unit complete: `features` are the tensors (C, h, w) by their row, `rows` those of `UNIT_SCHEMA`, with a
+    `reason` for each rejected page.
+    """
+    if features:
+        tensors = {str(row): tensor.contiguous() for row, tensor in features.items()}
+        write_atomically(folder / shard_name(unit), save(tensors, metadata={"format": "pt"}))
+    _write_table(
+        _unit_path(folder, unit), [pa.Table.from_pylist(rows, schema=UNIT_SCHEMA)], UNIT_SCHEMA, parquet.ParquetWriter
+    )
+
+
+def merge(folder: Path, num_units: int) -> tuple[int, int]:
+    """
+    Joins the rows of all units to the index and the rejects table; returns how many rows each has. Doing it again
+    gives the same files; the index appears last.
+    """
+    counts = {REJECTS_FILE: 0, INDEX_FILE: 0}
+
+    def tables(name: str, schema: pa.Schema) -> Iterator[pa.Table]:
+        for unit in range(num_units):
+            table = parquet.read_table(_unit_path(folder, unit), schema=UNIT_SCHEMA)
+            is_rejected = compute.is_valid(table["reason"])
+            mask = is_rejected if name == REJECTS_FILE else compute.invert(is_rejected)
+            table = table.filter(mask).select(schema.names)
+            counts[name] += table.num_rows
+            yield table
+
+    _write_table(folder / REJECTS_FILE, tables(REJECTS_FILE, REJECTS_SCHEMA), REJECTS_SCHEMA, parquet.ParquetWriter)
+    _write_table(folder / INDEX_FILE, tables(INDEX_FILE, INDEX_SCHEMA), INDEX_SCHEMA, parquet.ParquetWriter)
+    return counts[INDEX_FILE], counts[REJECTS_FILE]
+
+
+class FeatureStore:
+    """
+    The features that scripts/extract_features.py has written, by the id of their page, "source#page":
+    `store["scan.pdf#2"]` is a tensor (C, h, w), read from the disk when asked for. `len`, `in` and iteration are over
+    ids, in the order of the corpus. It can be given to worker processes.
+
+    Raises:
+        FileNotFoundError: If there is no finished run in the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / INDEX_FILE).is_file():
+            what = "an unfinished run: the same command finishes it" if (self.folder / WORK).is_dir() else "no features"
+            raise FileNotFoundError(f"{str(folder)!r} holds {what}.")
+        self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        self.index: pa.Table = parquet.read_table(self.folder / INDEX_FILE)
+        self._positions = {page_id: position for position, page_id in enumerate(self.index["id"].to_pylist())}
+        self._open: OrderedDict[str, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._positions)
+
+    def __contains__(self, page_id: object) -> bool:
+        return page_id in self._positions
+
+    def row(self, page_id: str) -> dict[str, Any]:
+        """
+        The page's row of the index: sizes and regions in px, `grid` in cells.
+
+        Raises:
+            KeyError: If there are no features of that id.
+        """
+        if page_id not in self._positions:
+            raise KeyError(
+                f"No features of {page_id!r} in {str(self.folder)!r}; ids are like {next(iter(self), None)!r}."
+            )
+        row: dict[str, Any] = self.index.slice(self._positions[page_id], 1).to_pylist()[0]
+        return row
+
+    def __getitem__(self, page_id: str) -> torch.Tensor:
+        row = self.row(page_id)
+        features: torch.Tensor = self._shard(row["shard"]).get_tensor(str(row["row"]))
+        return features
+
+    def _shard(self, name: str) -> Any:
+        if name not in self._open:
+            if len(self._open) == MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+            self._open[name] = safe_open(self.folder / name, "pt")
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}  # Open files stay with their process.

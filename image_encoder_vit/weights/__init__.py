@@ -1,0 +1,1 @@
+"""Checkpoints: find the encoder in them, pull it, push it, describe it."""

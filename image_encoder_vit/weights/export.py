@@ -1,0 +1,59 @@
+"""Writes the encoder's weights under another family's names, so that they go back into the model they came from."""
+
+from pathlib import Path
+
+from .files import LocalTensors, select_checkpoint
+from .layouts import export_names, find_layout, read_config
+from .model_folder import OWN_PREFIX, WEIGHTS_FILE, write_weights
+
+
+def open_model_weights(model_dir: Path) -> LocalTensors:
+    """
+    The weights of a folder that `save_pretrained` or `pull` wrote.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    names = [path.name for path in model_dir.iterdir() if path.suffix == ".safetensors"]
+    select_checkpoint(names, WEIGHTS_FILE, repr(model_dir.name))
+    return LocalTensors.open([model_dir / WEIGHTS_FILE])
+
+
+def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) -> dict[str, str]:
+    """
+    Writes the weights of a model folder to a safetensors file in another layout, "deepseek-ocr", "sam" or
+    "transformers" (see `checkpoint_layouts.export_names`), bit by bit the same; returns each published name's name in
+    the file. The file is complete or not there.
+
+    Raises:
+        ValueError: If the layout cannot hold this encoder, or the folder does not hold one.
+        FileExistsError: If the file exists.
+    """
+    output = Path(output_file)
+    if output.exists():
+        raise FileExistsError(f"{str(output)!r} exists already: remove it, or choose another name.")
+    config = read_config(Path(model_dir))
+    tensors = open_model_weights(Path(model_dir))
+    names = export_names(config, layout)
+    missing = sorted(OWN_PREFIX + name for name in names if OWN_PREFIX + name not in tensors.shapes)
+    if missing:
+        raise ValueError(f"{str(model_dir)!r} lacks weights of its configuration: {', '.join(missing[:8])}.")
+    published = {theirs: ours for ours, theirs in names.items()}
+    dtypes = {tensors.dtype(OWN_PREFIX + name) for name in names}
+    if len(dtypes) != 1:
+        raise ValueError(f"The weights have several dtypes, {sorted(map(str, dtypes))}: save the model in one.")
+    partial = output.with_name(f".{output.name}.unfinished")
+    try:
+        write_weights(
+            partial,
+            {theirs: tensors.shapes[OWN_PREFIX + ours] for theirs, ours in published.items()},
+            lambda theirs: tensors.read(OWN_PREFIX + published[theirs]),
+            dtypes.pop(),
+        )
+        found = find_layout(LocalTensors.open([partial]).shapes, source_config=config.to_dict())
+        if found.sources != names:
+            raise AssertionError(f"the layout {layout!r} is not found again in what was written")
+        partial.rename(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return names
