@@ -1,6 +1,6 @@
 """SAM's ViT image encoder for transformers. Importing the package registers its classes with the Auto classes."""
 
-from transformers import AutoBackbone, AutoConfig, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 # Older releases ask for torchvision when it is imported from the top of transformers, although it works without.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -13,12 +13,14 @@ from .image_processing_image_encoder_vit import ImageEncoderViTImageProcessor, I
 from .modeling_image_encoder_vit import (
     ImageEncoderViT,
     ImageEncoderViTBackbone,
+    ImageEncoderViTForImageClassification,
     ImageEncoderViTModel,
     ImageEncoderViTModelOutput,
 )
 
 AutoConfig.register(ImageEncoderViTConfig.model_type, ImageEncoderViTConfig)
 AutoModel.register(ImageEncoderViTConfig, ImageEncoderViTModel)
+AutoModelForImageClassification.register(ImageEncoderViTConfig, ImageEncoderViTForImageClassification)
 AutoBackbone.register(ImageEncoderViTConfig, ImageEncoderViTBackbone)
 _image_processors: dict[str, type] = {"pil": ImageEncoderViTImageProcessorPil}
 if is_torchvision_available():
@@ -28,6 +30,7 @@ AutoImageProcessor.register(ImageEncoderViTConfig, image_processor_classes=_imag
 # save_pretrained then writes the code beside the weights, so that they load where this package is not installed.
 ImageEncoderViTConfig.register_for_auto_class()
 ImageEncoderViTModel.register_for_auto_class("AutoModel")
+ImageEncoderViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 ImageEncoderViTBackbone.register_for_auto_class("AutoBackbone")
 ImageEncoderViTImageProcessorPil.register_for_auto_class("AutoImageProcessor")
 ImageEncoderViTImageProcessor.register_for_auto_class("AutoImageProcessor")
@@ -37,6 +40,7 @@ __all__ = [
     "ImageEncoderViT",
     "ImageEncoderViTBackbone",
     "ImageEncoderViTConfig",
+    "ImageEncoderViTForImageClassification",
     "ImageEncoderViTImageProcessor",
     "ImageEncoderViTImageProcessorPil",
     "ImageEncoderViTModel",

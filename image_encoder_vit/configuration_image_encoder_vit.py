@@ -29,6 +29,7 @@ TRANSFORMERS_KEYWORDS = frozenset(
         "quantization_config",
         "torch_dtype",
         "torchscript",
+        "use_cache",
     }
 )
 

@@ -1,7 +1,8 @@
 """
 The SAM-ViT image encoder ("Segment Anything", arXiv 2304.02643) as DeepSeek-OCR uses it (arXiv 2510.18234): in plain
-PyTorch as `ImageEncoderViT`, and wrapped for transformers as `ImageEncoderViTModel` and, for the heads of detection and
-segmentation models, as `ImageEncoderViTBackbone`.
+PyTorch as `ImageEncoderViT`, and wrapped for transformers as `ImageEncoderViTModel`, with a head as
+`ImageEncoderViTForImageClassification`, and for the heads of detection and segmentation models as
+`ImageEncoderViTBackbone`.
 
 Letters in shapes: B images, H and W the grid in patches, C channels, h and w the grid of the last feature map.
 """
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -51,6 +52,7 @@ logger = logging.get_logger(__name__)
 
 LAYER_NORM_EPS = 1e-6  # In every norm, LayerNorm2d included.
 MAX_NAMES_IN_ERROR = 12
+HEAD_PREFIX = "classifier."
 TOKENS_PER_BAND = 1792  # At most, where a row of windows has fewer: two rows of windows of 14 at 1024 x 1024 px.
 
 
@@ -430,10 +432,10 @@ class ImageEncoderViTModelOutput(ModelOutput):
 
 class ImageEncoderViTPreTrainedModel(PreTrainedModel):
     """
-    What the model and the backbone share: one encoder, its initialisation, and strict loading.
+    What the model, the classifier and the backbone share: one encoder, its initialisation, and strict loading.
 
     The weights carry the published names below the one prefix `encoder.`; state dicts without the prefix load too. So
-    a folder saved by one class loads into the other.
+    a folder saved by one class loads into the others: the head of a classifier is left out, or made anew.
     """
 
     config: ImageEncoderViTConfig
@@ -447,6 +449,7 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
     # The bias depends on the query, which no flash attention kernel takes.
     _supports_flash_attn = False
     _no_split_modules = ["ImageEncoderViTBlock"]
+    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(HEAD_PREFIX)}"]
     _can_record_outputs = {
         "hidden_states": OutputRecorder(ImageEncoderViTBlock, index=0),
         "attentions": OutputRecorder(ImageEncoderViTAttention, index=1),
@@ -484,6 +487,8 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
         transformers leaves missing weights random with a warning, this raises.
 
         `strict=False` allows missing and unexpected weights, `ignore_mismatched_sizes=True` weights of another shape.
+        The head of a classifier is an exception: a checkpoint with none of it leaves it random, with transformers'
+        warning, and for the other classes a checkpoint may have one.
 
         Raises:
             ValueError: Naming the weights that are missing, unexpected or of another shape.
@@ -497,8 +502,10 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
             ignore_mismatched_sizes=True,  # All that does not fit is reported together below.
             **kwargs,
         )
+        head = {name for name in model.state_dict() if name.startswith(HEAD_PREFIX)}
+        new_head = head if head <= set(info["missing_keys"]) else set()
         misfit = Misfit(
-            missing=sorted(info["missing_keys"]) if strict else [],
+            missing=sorted(set(info["missing_keys"]) - new_head) if strict else [],
             unexpected=sorted(info["unexpected_keys"]) if strict else [],
             mismatched=[] if allows_mismatches else sorted(info["mismatched_keys"]),
         )
@@ -531,7 +538,7 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """
         Saves as `PreTrainedModel.save_pretrained` does. Where the code is saved too, the configuration names the
-        classes for AutoModel and AutoBackbone alike, whichever of them is saved.
+        classes for all of the Auto classes alike, whichever of them is saved.
         """
         if self._auto_class is not None:
             name_auto_classes(self.config)
@@ -539,9 +546,13 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
 
 
 def name_auto_classes(config: ImageEncoderViTConfig) -> None:
-    """Writes into the configuration which classes of the saved code AutoModel and AutoBackbone load."""
+    """Writes into the configuration which classes of the saved code the Auto classes load."""
     module = __name__.rpartition(".")[2]
-    classes = {"AutoModel": "ImageEncoderViTModel", "AutoBackbone": "ImageEncoderViTBackbone"}
+    classes = {
+        "AutoModel": "ImageEncoderViTModel",
+        "AutoModelForImageClassification": "ImageEncoderViTForImageClassification",
+        "AutoBackbone": "ImageEncoderViTBackbone",
+    }
     known = getattr(config, "auto_map", None) or {}
     config.auto_map = known | {auto: f"{module}.{name}" for auto, name in classes.items()}
 
@@ -618,6 +629,51 @@ class ImageEncoderViTModel(ImageEncoderViTPreTrainedModel):
             patch_embeds=features.flatten(2).transpose(1, 2),
             local_feature_maps=local_feature_maps,
         )
+
+
+class ImageEncoderViTForImageClassification(ImageEncoderViTPreTrainedModel):
+    """
+    The encoder with a linear head on its pooled features: one logit for each of `config.id2label`.
+    """
+
+    def __init__(self, config: ImageEncoderViTConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.encoder = encoder_of(config)
+        channels = [config.output_channels, *config.downsample_channels][-1]
+        self.classifier = nn.Linear(channels, config.num_labels)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """
+        Classifies a batch of images.
+
+        Args:
+            pixel_values: (B, 3, height in px, width in px), both sides multiples of the patch size; cast to the dtype
+                of the weights.
+            pixel_mask: (B, height in px, width in px), 1 for the image and 0 for padding, which the mean over the
+                feature map leaves out.
+            labels: The numbers of the classes (B,); one number (B,) for a regression; ones and zeros (B, labels) where
+                an image may have several labels. `config.problem_type` says which; left open, it is
+                told by the number of labels and their dtype. With them, the output has a `loss`.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what transformers' loss takes. The
+                image processor's other outputs are accepted and not used.
+
+        Raises:
+            ValueError: If `pixel_values` is not such a batch, or `pixel_mask` has another size.
+        """
+        features = self.encoder(pixel_values, attn_implementation=self._attention_of_call(pixel_values, kwargs))
+        pooled = mean_over_cells(features, pixel_values, pixel_mask, self.encoder.stride)  # (B, channels)
+        logits = self.classifier(pooled)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(loss=loss, logits=logits)
 
 
 class ImageEncoderViTBackbone(BackboneMixin, ImageEncoderViTPreTrainedModel):
@@ -761,4 +817,10 @@ def describe_misfit(source: str, misfit: Misfit) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["ImageEncoderViT", "ImageEncoderViTBackbone", "ImageEncoderViTModel", "ImageEncoderViTModelOutput"]
+__all__ = [
+    "ImageEncoderViT",
+    "ImageEncoderViTBackbone",
+    "ImageEncoderViTForImageClassification",
+    "ImageEncoderViTModel",
+    "ImageEncoderViTModelOutput",
+]

@@ -207,8 +207,8 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 def call(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    from image_encoder_vit import push as push_module
     from image_encoder_vit.storage.http_ranges import RetryPolicy
+    from image_encoder_vit.weights import push as push_module
     from image_encoder_vit.weights.pull import pull
 
     if function == "push_checked_before":

@@ -46,6 +46,7 @@ def test_save_pretrained_writes_exactly_these_files(model_folder: str) -> None:
     assert auto_map == {
         "AutoConfig": "configuration_image_encoder_vit.ImageEncoderViTConfig",
         "AutoModel": "modeling_image_encoder_vit.ImageEncoderViTModel",
+        "AutoModelForImageClassification": "modeling_image_encoder_vit.ImageEncoderViTForImageClassification",
         "AutoBackbone": "modeling_image_encoder_vit.ImageEncoderViTBackbone",
     }
     processor = json.loads((Path(model_folder) / "preprocessor_config.json").read_text())

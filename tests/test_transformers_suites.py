@@ -21,16 +21,16 @@ from builders import random_pixels
 from suites_not_applicable import NOT_APPLICABLE
 from torch import nn
 from transformers import pipeline
-from transformers.utils import ModelOutput, is_torchvision_available
+from transformers.utils import is_torchvision_available
 
 from image_encoder_vit import (
     ImageEncoderViTBackbone,
     ImageEncoderViTConfig,
+    ImageEncoderViTForImageClassification,
     ImageEncoderViTImageProcessor,
     ImageEncoderViTImageProcessorPil,
     ImageEncoderViTModel,
 )
-from image_encoder_vit.training.fine_tuning import ImageEncoderViTClassifier
 
 try:
     SUITES = transformers_suites.load()
@@ -88,7 +88,7 @@ class SuiteTestCase(unittest.TestCase):
 
 
 class Model(SUITES["modeling_common"].ModelTesterMixin, SuiteTestCase):
-    all_model_classes = (ImageEncoderViTModel, ImageEncoderViTBackbone)
+    all_model_classes = (ImageEncoderViTModel, ImageEncoderViTForImageClassification, ImageEncoderViTBackbone)
     test_resize_embeddings = False
     test_can_init_all_missing_weights_before_2023 = True
 
@@ -98,6 +98,12 @@ class Model(SUITES["modeling_common"].ModelTesterMixin, SuiteTestCase):
             for model_class in self.all_model_classes:
                 lenient = functools.partial(model_class.from_pretrained, strict=False)
                 self.enterContext(patch.object(model_class, "from_pretrained", lenient))
+        # The suite tells by transformers' lists of its own classes which ones have a loss and take which labels.
+        kinds = {"MODEL": "Model", "MODEL_FOR_IMAGE_CLASSIFICATION": "ForImageClassification"}
+        kinds["MODEL_FOR_BACKBONE"] = "Backbone"
+        for kind, suffix in kinds.items():
+            listed = {ImageEncoderViTConfig.model_type: f"ImageEncoderViT{suffix}"}
+            self.enterContext(patch.object(SUITES["modeling_common"], f"{kind}_MAPPING_NAMES", listed))
 
 
 class Backbone(SUITES["backbone_common"].BackboneTesterMixin, SuiteTestCase):
@@ -162,48 +168,62 @@ class ImageFeatureExtractionPipelineTests:
         assert len(extract(examples)) == len(examples)
 
 
+class ImageClassificationPipelineTests:
+    """The same for labels: those of the configuration, the likeliest first, with the model's own probabilities."""
+
+    def get_test_pipeline(self, model: nn.Module, tokenizer: None, image_processor: Any, dtype: str) -> tuple[Any, Any]:
+        classify = pipeline("image-classification", model=model, image_processor=image_processor, dtype=dtype)
+        page = Path(transformers_suites.ROOT / "samples" / "page.png")
+        return classify, [str(page), image_processor.fetch_images(str(page))]
+
+    def run_pipeline_test(self, classify: Any, examples: list[Any]) -> None:
+        inputs = classify.image_processor(examples[0], return_tensors="pt").to(classify.model.dtype)
+        scores = classify.model(**inputs).logits[0].float().softmax(-1)
+        order = scores.argsort(descending=True).tolist()
+        for example in examples:
+            found = classify(example)
+            assert [entry["label"] for entry in found] == [classify.model.config.id2label[index] for index in order]
+            torch.testing.assert_close(torch.tensor([entry["score"] for entry in found]), scores[order])
+        assert len(classify(examples, top_k=1)) == len(examples)
+
+
 class Pipeline(SUITES["pipeline_mixin"].PipelineTesterMixin, SuiteTestCase):
-    pipeline_model_mapping: ClassVar = {"image-feature-extraction": ImageEncoderViTModel}
+    pipeline_model_mapping: ClassVar = {
+        "image-feature-extraction": ImageEncoderViTModel,
+        "image-classification": ImageEncoderViTForImageClassification,
+    }
 
     def setUp(self) -> None:
         # The suite loads models and processors by name out of such a folder, and transformers.
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        model = EncoderTester(self).get_config()
-        saved = folder / ImageEncoderViTConfig.model_type / "ImageEncoderViTModel"
-        ImageEncoderViTModel(model).save_pretrained(saved)
-        ImageEncoderViTImageProcessorPil(size=64).save_pretrained(saved)
         processor = "ImageEncoderViTImageProcessorPil"
+        for model_class in self.pipeline_model_mapping.values():
+            saved = folder / ImageEncoderViTConfig.model_type / model_class.__name__
+            model_class(EncoderTester(self).get_config()).save_pretrained(saved)
+            ImageEncoderViTImageProcessorPil(size=64).save_pretrained(saved)
+        tests = (ImageFeatureExtractionPipelineTests, ImageClassificationPipelineTests)
         self.enterContext(
             patch.multiple(
                 SUITES["pipeline_mixin"],
                 TRANSFORMERS_TINY_MODEL_PATH=str(folder),
                 tiny_model_summary={
-                    "ImageEncoderViTModel": {"tokenizer_classes": [], "processor_classes": [processor]}
+                    model_class.__name__: {"tokenizer_classes": [], "processor_classes": [processor]}
+                    for model_class in self.pipeline_model_mapping.values()
                 },
                 transformers_module=SimpleNamespace(**{processor: ImageEncoderViTImageProcessorPil}),
                 pipeline_test_mapping={
-                    "image-feature-extraction": {"test": f"{__name__}.ImageFeatureExtractionPipelineTests"}
+                    task: {"test": f"{__name__}.{test.__name__}"}
+                    for task, test in zip(self.pipeline_model_mapping, tests, strict=True)
                 },
             )
         )
-
-
-class TrainableEncoder(nn.Module):
-    """The encoder with its head, built from a configuration and called as the suite calls a model."""
-
-    def __init__(self, config: ImageEncoderViTConfig) -> None:
-        super().__init__()
-        self.classifier = ImageEncoderViTClassifier(ImageEncoderViTModel(config), num_classes=2)
-
-    def forward(self, **batch: torch.Tensor) -> ModelOutput:
-        return ModelOutput(self.classifier(**batch))
 
 
 class Training(SUITES["training_mixin"].TrainingTesterMixin, SuiteTestCase):
     """The suite makes batches for language models only and would refuse images, so it is handed a batch of them."""
 
     model_tester: ClassVar = None
-    all_model_classes = (TrainableEncoder,)
+    all_model_classes = (ImageEncoderViTForImageClassification,)
     training_overfit_steps = 60
 
     def setUp(self) -> None:

@@ -16,7 +16,7 @@ CARD_FILE = "README.md"
 START_MARK = "<!-- image-encoder-vit: generated below -->"
 END_MARK = "<!-- image-encoder-vit: generated above -->"
 TAGS = ("sam", "vit", "ocr", "image-encoder")
-PIPELINE_TAG = "image-feature-extraction"
+CLASSIFIER = "ImageEncoderViTForImageClassification"
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -43,14 +43,21 @@ def plain_license(value: Any) -> str | None:
     return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", value) else None
 
 
-def build_metadata(existing: Mapping[str, Any], provenance: Mapping[str, Any], library_name: str) -> dict[str, Any]:
+def is_classifier(config: ImageEncoderViTConfig) -> bool:
+    """Whether the folder of this configuration was saved with a head."""
+    return CLASSIFIER in (config.architectures or ())
+
+
+def build_metadata(
+    existing: Mapping[str, Any], provenance: Mapping[str, Any], library_name: str, classifies: bool = False
+) -> dict[str, Any]:
     """
     The front matter: what the source says, below what the author of the card has written already.
     """
     source = provenance.get("source", {})
     generated = {
         "library_name": library_name,
-        "pipeline_tag": PIPELINE_TAG,
+        "pipeline_tag": "image-classification" if classifies else "image-feature-extraction",
         "license": plain_license(source.get("license")),
         "base_model": source.get("repository"),
     }
@@ -142,8 +149,11 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
     return line(head) + "|" + "---|" * len(head) + "\n" + "".join(line(row) for row in rows)
 
 
-def usage_from(location: str, revision: str | None) -> str:
-    """Markdown that loads the published model from a repository or folder, pinned to a revision where it has one."""
+def usage_from(location: str, revision: str | None, classifies: bool = False) -> str:
+    """
+    Markdown that loads the published model from a repository or folder, pinned to a revision where it has one; with a
+    head, in the pipeline that shows its labels too.
+    """
     pinned = f', revision="{revision}"' if revision else ""
     reason = (
         "\nThe revision is a tag named after the content: what it loads, code included, stays what it is.\n"
@@ -161,5 +171,16 @@ def usage_from(location: str, revision: str | None) -> str:
         'inputs = processor(Image.open("page.png"), return_tensors="pt")\n'
         "with torch.no_grad():\n"
         '    features = model(inputs["pixel_values"]).last_hidden_state  # (1, channels, rows, columns)\n'
-        "```\n" + reason
+        "```\n" + (_classifier_usage(location, pinned) if classifies else "") + reason
+    )
+
+
+def _classifier_usage(location: str, pinned: str) -> str:
+    return (
+        "\nIts labels:\n\n"
+        "```python\n"
+        "from transformers import pipeline\n\n"
+        f'classify = pipeline("image-classification", "{location}"{pinned}, trust_remote_code=True)\n'
+        'print(classify("page.png"))\n'
+        "```\n"
     )

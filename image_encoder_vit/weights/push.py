@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
+from ..configuration_image_encoder_vit import ImageEncoderViTConfig
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
-from ..modeling_image_encoder_vit import ImageEncoderViTModel
+from ..modeling_image_encoder_vit import ImageEncoderViTForImageClassification, ImageEncoderViTModel
 from ..storage.http_ranges import RetryPolicy
 from .export import export_weights
 from .files import parse_config
@@ -34,6 +35,7 @@ from .model_card import (
     build_card,
     build_metadata,
     describe_model,
+    is_classifier,
     read_metadata,
     read_provenance,
     usage_from,
@@ -195,7 +197,7 @@ def measure(folder: Path) -> dict[str, str]:
     """Figures of the model for its card."""
     config = read_config(folder)
     with torch.device("meta"):
-        model = ImageEncoderViTModel(config)
+        model = _class_of(config)(config)
     weight_bytes = (folder / WEIGHTS_FILE).stat().st_size
     return {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,} in {len(model.state_dict())} tensors",
@@ -203,17 +205,21 @@ def measure(folder: Path) -> dict[str, str]:
     }
 
 
+def _class_of(config: ImageEncoderViTConfig) -> Any:
+    return ImageEncoderViTForImageClassification if is_classifier(config) else ImageEncoderViTModel
+
+
 def check_remote_code(folder: Path) -> dict[str, str]:
     """
     Loads a folder in a fresh process, by transformers and the folder's own code, and compares its outputs with those
-    of this package: features of a small random image, and the image processor's pixels of another one. Needs no
-    network and gives the process no token. Returns what was measured.
+    of this package: features of a small random image, and logits where there is a head, and the image processor's
+    pixels of another one. Needs no network and gives the process no token. Returns what was measured.
 
     Raises:
         ValueError: If the folder cannot be loaded so, or the outputs differ.
     """
     try:
-        model = ImageEncoderViTModel.from_pretrained(folder).eval()
+        model = _class_of(read_config(folder)).from_pretrained(folder).eval()
         processor = ImageEncoderViTImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{str(folder)!r} cannot be loaded: {' '.join(str(error).splitlines())}") from None
@@ -224,7 +230,8 @@ def check_remote_code(folder: Path) -> dict[str, str]:
     pixel_values = torch.rand(1, model.config.num_channels, *sides_px, generator=generator) * 2 - 1
     image = torch.randint(0, 256, (*PROBE_IMAGE_PX, 3), dtype=torch.uint8, generator=generator)
     with torch.no_grad():
-        features = model(pixel_values).last_hidden_state
+        features = model.encoder(pixel_values)
+        logits = model(pixel_values).logits if is_classifier(model.config) else None
     processed = processor(Image.fromarray(image.numpy()), return_tensors="pt")["pixel_values"]
     if not torch.isfinite(features).all():
         raise ValueError(f"{str(folder)!r} gives features that are not finite: its weights are damaged.")
@@ -235,10 +242,18 @@ def check_remote_code(folder: Path) -> dict[str, str]:
         raise ValueError(f"{str(folder)!r} gives features of shape {shapes} when it is loaded with its own code.")
     reference = features.double()
     difference = float((strangers["features"].double() - reference).norm() / reference.norm().clamp(min=1e-30))
-    if difference > MAX_RELATIVE_DIFFERENCE.get(features.dtype, 0.0):
+    allowed = MAX_RELATIVE_DIFFERENCE.get(features.dtype, 0.0)
+    if difference > allowed:
         raise ValueError(
             f"{str(folder)!r} gives other features when it is loaded with its own code: relative difference "
             f"{difference:.3g}. Its code or weights are not those of this package; save it again."
+        )
+    if logits is not None and not torch.allclose(
+        strangers["logits"].double(), logits.double(), rtol=0, atol=allowed * float(logits.abs().max())
+    ):
+        raise ValueError(
+            f"{str(folder)!r} gives other logits when it is loaded with its own code: {strangers['logits'].tolist()} "
+            f"instead of {logits.tolist()}. Its code or weights are not those of this package; save it again."
         )
     if not torch.equal(strangers["processed"], processed):
         raise ValueError(f"{str(folder)!r} prepares images in another way when it is loaded with its own code.")
@@ -277,9 +292,11 @@ def _card(folder: Path, repo_id: str, tag: str, layout: str | None, measurements
     path = folder / CARD_FILE
     existing = path.read_text(encoding="utf-8") if path.is_file() else ""
     config = read_config(folder)
-    usage = usage_from(repo_id, tag) if layout is None else _export_usage(repo_id, tag, layout)
+    classifies = layout is None and is_classifier(config)
+    usage = _export_usage(repo_id, tag, layout) if layout else usage_from(repo_id, tag, classifies)
     generated = describe_model(config, provenance, usage=usage, measurements=measurements)
-    return build_card(existing, build_metadata(read_metadata(path), provenance, "transformers"), generated)
+    metadata = build_metadata(read_metadata(path), provenance, "transformers", classifies)
+    return build_card(existing, metadata, generated)
 
 
 def _export_usage(repo_id: str, tag: str, layout: str) -> str:

@@ -11,7 +11,7 @@ import sys
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 
 def main(folder: str, probe_file: str, result_file: str) -> None:
@@ -23,7 +23,12 @@ def main(folder: str, probe_file: str, result_file: str) -> None:
     with torch.no_grad():
         features = model(probe["pixel_values"]).last_hidden_state
     pixels = processor(Image.fromarray(probe["image"].numpy()), return_tensors="pt")["pixel_values"]
-    save_file({"features": features.contiguous(), "processed": pixels.contiguous()}, result_file)
+    results = {"features": features, "processed": pixels}
+    if any(name.endswith("ForImageClassification") for name in model.config.architectures or ()):
+        classifier = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            results["logits"] = classifier(probe["pixel_values"]).logits
+    save_file({name: result.contiguous() for name, result in results.items()}, result_file)
 
 
 if __name__ == "__main__":
