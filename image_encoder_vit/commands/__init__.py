@@ -10,6 +10,7 @@ COMMANDS = {
     "encode": "encode images and save their features",
     "extract": "features of whole corpora",
     "plot": "draw what the encoder makes of a page",
+    "search": "pages of a feature store most like a page, an image, or a region of one",
     "export": "write the encoder as an ONNX file",
     "finetune": "train a classifier on images in one folder for each class",
     "benchmark": "the encoder beside others",

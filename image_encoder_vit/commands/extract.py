@@ -250,6 +250,7 @@ def manifest_of(
             "commit": getattr(model.config, "_commit_hash", None) or source.get("commit"),
             "weights_sha256": digest_of(model),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "stride": model.encoder.stride,
         },
         "inputs": {"arguments": arguments.inputs, "pages": plan.num_pages, "sha256_of_list": plan_digest},
         "settings": {
