@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
@@ -177,20 +178,43 @@ class ImageEncoderViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return super().from_dict(known, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Part of the `@strict` validation: the values must describe an encoder that can be built."""
-        check_architecture(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_channels=self.num_channels,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            mlp_ratio=self.mlp_ratio,
-            output_channels=self.output_channels,
-            downsample_channels=self.downsample_channels,
-            window_size=self.window_size,
-            global_attn_indexes=self.global_attn_indexes,
-        )
+        """Part of the `@strict` validation: the numbers must describe an encoder, or the error names the one."""
+        sizes = {
+            "hidden_size (embed_dim)": self.hidden_size,
+            "num_hidden_layers (depth)": self.num_hidden_layers,
+            "num_attention_heads (num_heads)": self.num_attention_heads,
+            "num_channels (in_chans)": self.num_channels,
+            "image_size (img_size)": self.image_size,
+            "patch_size": self.patch_size,
+            "output_channels (out_chans)": self.output_channels,
+            "window_size": self.window_size,
+            **{f"downsample_channels[{i}]": channels for i, channels in enumerate(self.downsample_channels)},
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size (embed_dim) must be a multiple of num_attention_heads (num_heads), "
+                f"got {self.hidden_size} and {self.num_attention_heads}."
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size (img_size) must be a multiple of patch_size, got {self.image_size} px and "
+                f"{self.patch_size} px."
+            )
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(
+                f"mlp_ratio must leave the MLP at least one channel, got {self.mlp_ratio} x {self.hidden_size}."
+            )
+        indexes = list(self.global_attn_indexes)
+        outside = [index for index in indexes if not 0 <= index < self.num_hidden_layers]
+        if outside:
+            raise ValueError(
+                f"global_attn_indexes must name blocks 0 to {self.num_hidden_layers - 1}, got {outside} in {indexes}."
+            )
+        if len(set(indexes)) != len(indexes):
+            raise ValueError(f"global_attn_indexes names a block twice: {indexes}.")
 
     @classmethod
     def _known_keywords(cls) -> set[str]:
@@ -224,59 +248,17 @@ class ImageEncoderViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return own | set(cls.attribute_map) | {*BACKBONE_KEYWORDS}
 
 
-def check_architecture(
-    *,
-    hidden_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_channels: int,
-    image_size: int,
-    patch_size: int,
-    mlp_ratio: float,
-    output_channels: int,
-    downsample_channels: list[int] | tuple[int, ...],
-    window_size: int,
-    global_attn_indexes: list[int] | tuple[int, ...],
-) -> None:
+def checked_config(**fields: Any) -> ImageEncoderViTConfig:
     """
-    Checks that the numbers describe an encoder.
+    A configuration of these fields.
 
     Raises:
-        ValueError: Naming the field, the value seen and what it should be.
+        ValueError: If they make no encoder; what huggingface_hub's strict dataclasses raise is none.
     """
-    sizes = {
-        "hidden_size (embed_dim)": hidden_size,
-        "num_hidden_layers (depth)": num_hidden_layers,
-        "num_attention_heads (num_heads)": num_attention_heads,
-        "num_channels (in_chans)": num_channels,
-        "image_size (img_size)": image_size,
-        "patch_size": patch_size,
-        "output_channels (out_chans)": output_channels,
-        "window_size": window_size,
-        **{f"downsample_channels[{i}]": channels for i, channels in enumerate(downsample_channels)},
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
-    if hidden_size % num_attention_heads:
-        raise ValueError(
-            f"hidden_size (embed_dim) must be a multiple of num_attention_heads (num_heads), "
-            f"got {hidden_size} and {num_attention_heads}."
-        )
-    if image_size % patch_size:
-        raise ValueError(
-            f"image_size (img_size) must be a multiple of patch_size, got {image_size} px and {patch_size} px."
-        )
-    if int(hidden_size * mlp_ratio) < 1:
-        raise ValueError(f"mlp_ratio must leave the MLP at least one channel, got {mlp_ratio} x {hidden_size}.")
-    outside = [index for index in global_attn_indexes if not 0 <= index < num_hidden_layers]
-    if outside:
-        raise ValueError(
-            f"global_attn_indexes must name blocks 0 to {num_hidden_layers - 1}, "
-            f"got {outside} in {list(global_attn_indexes)}."
-        )
-    if len(set(global_attn_indexes)) != len(global_attn_indexes):
-        raise ValueError(f"global_attn_indexes names a block twice: {list(global_attn_indexes)}.")
+    try:
+        return ImageEncoderViTConfig(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error).strip().splitlines()[-1].strip()) from None
 
 
 def check_out_features(stage_names: list[str], out_features: Any, out_indices: Any) -> None:

@@ -10,6 +10,7 @@ Letters in shapes: B images, H and W the grid in patches, C channels, h and w th
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from .attention import (
     window_partition,
     window_unpartition,
 )
-from .configuration_image_encoder_vit import ImageEncoderViTConfig, check_architecture
+from .configuration_image_encoder_vit import ImageEncoderViTConfig, checked_config
 from .cpu_inference import (
     MIN_TOKENS_IN_ONEDNN,
     has_onednn_linear,
@@ -283,15 +284,16 @@ class ImageEncoderViT(nn.Module):
         downsample_channels: tuple[int, ...] | list[int] = (512, 1024),
     ) -> None:
         super().__init__()
-        check_architecture(
-            hidden_size=embed_dim,
-            num_hidden_layers=depth,
-            num_attention_heads=num_heads,
-            num_channels=in_chans,
-            image_size=img_size,
+        # The configuration knows the published names, and what makes no encoder.
+        checked_config(
+            img_size=img_size,
             patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
             mlp_ratio=mlp_ratio,
-            output_channels=out_chans,
+            out_chans=out_chans,
             downsample_channels=downsample_channels,
             window_size=window_size,
             global_attn_indexes=global_attn_indexes,
@@ -387,23 +389,8 @@ class ImageEncoderViT(nn.Module):
 
 
 def encoder_of(config: ImageEncoderViTConfig) -> ImageEncoderViT:
-    """The plain encoder that a configuration describes."""
-    return ImageEncoderViT(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        in_chans=config.num_channels,
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_ratio=config.mlp_ratio,
-        out_chans=config.output_channels,
-        global_attn_indexes=config.global_attn_indexes,
-        window_size=config.window_size,
-        qkv_bias=config.qkv_bias,
-        use_abs_pos=config.use_abs_pos,
-        use_rel_pos=config.use_rel_pos,
-        downsample_channels=config.downsample_channels,
-    )
+    """The plain encoder that a configuration describes: it answers to the published names too."""
+    return ImageEncoderViT(**{name: getattr(config, name) for name in signature(ImageEncoderViT).parameters})
 
 
 @dataclass

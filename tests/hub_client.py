@@ -213,7 +213,7 @@ def call(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
     if function == "push_checked_before":
         # The check of the folder takes seconds, and is no part of what tests of the transfer are about.
-        push_module.check_remote_code = lambda folder: {}  # type: ignore[assignment]
+        push_module.check_remote_code = lambda folder, config: {}  # type: ignore[assignment]
     push = push_module.push
     if "retry" in arguments:
         arguments["retry"] = RetryPolicy(**arguments["retry"])

@@ -201,7 +201,7 @@ def test_the_hand_off_to_clip_is_unlimited_ocr_s() -> None:
 
 
 def published(encoder: nn.Module) -> dict[str, torch.Tensor]:
-    from image_encoder_vit.weights.layouts import weights_below
+    from image_encoder_vit.weights.naming import weights_below
 
     weights = encoder.state_dict()
     return {name: weights[theirs] for name, theirs in weights_below(weights, "").items()}

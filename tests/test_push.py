@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 from image_encoder_vit.weights.export import export_weights
-from image_encoder_vit.weights.model_card import END_MARK, START_MARK, build_card
+from image_encoder_vit.weights.model_card import END_MARK, START_MARK, parse_card, update_card
+from image_encoder_vit.weights.model_kinds import ENCODER
 from image_encoder_vit.weights.pull import pull
 
 pytest_plugins = ["hub_fixtures"]
@@ -247,7 +248,8 @@ def test_an_author_keeps_the_own_text_and_metadata(hub: HubServer, worker: Worke
         assert part in pushed
     assert "path/to/this/folder" not in pushed
     assert pushed.count(START_MARK) == pushed.count(END_MARK) == 1
-    assert build_card("# Mine\n", {"license": "mit"}, "G").endswith(f"\n\n# Mine\n\n{START_MARK}\nG\n{END_MARK}\n")
+    plain = update_card(parse_card("# Mine\n"), ENCODER, {}, "G")
+    assert plain.endswith(f"\n\n# Mine\n\n{START_MARK}\nG\n{END_MARK}\n")
 
 
 def test_a_model_saved_by_save_pretrained_can_be_pushed(hub: HubServer, worker: Worker, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from .. import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel
 from ..attention import resize_pos_embed, resize_rel_pos
 from ..runtimes.fixed_size import FixedSizeEncoder, export_program, without_exporters_warnings
 from ..runtimes.openvino import compile_for_openvino
-from ..weights.layouts import TRANSFORMERS_NAMES, rename
+from ..weights.naming import TRANSFORMERS
 
 BASELINE = "transformers sdpa"
 OURS = "image-encoder-vit"
@@ -155,7 +155,7 @@ def build_transformers(case: Case, attn_implementation: str) -> "FirstOutput":
     config = module.UnlimitedOcrSamVisionConfig()
     native = module.UnlimitedOcrSamVisionEncoder._from_config(config, attn_implementation=attn_implementation).eval()
     weights = random_encoder("float32").encoder.state_dict()
-    native.load_state_dict({rename(name, TRANSFORMERS_NAMES): weight for name, weight in weights.items()})
+    native.load_state_dict({TRANSFORMERS.from_published(name): weight for name, weight in weights.items()})
     return FirstOutput(native.to(DTYPES[case.dtype]))
 
 

@@ -25,7 +25,7 @@ from ..modeling_image_encoder_vit import (
     ImageEncoderViTLinear,
     ImageEncoderViTMLP,
 )
-from ..weights.layouts import encoder_prefixes
+from ..weights.naming import encoder_prefixes
 
 # Two calls on different threads may want different things, so this is no attribute of the blocks.
 _attn_implementation: ContextVar[str] = ContextVar("attn_implementation", default="sdpa")

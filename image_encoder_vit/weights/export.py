@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from .files import LocalTensors, select_checkpoint
-from .layouts import export_names, find_layout, read_config
-from .model_folder import OWN_PREFIX, WEIGHTS_FILE, write_weights
+from .layouts import export_names, find_layout
+from .model_folder import WEIGHTS_FILE, write_weights
+from .model_kinds import ENCODER, read_config
 
 
 def open_model_weights(model_dir: Path) -> LocalTensors:
@@ -22,7 +23,7 @@ def open_model_weights(model_dir: Path) -> LocalTensors:
 def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) -> dict[str, str]:
     """
     Writes the weights of a model folder to a safetensors file in another layout, "deepseek-ocr", "sam" or
-    "transformers" (see `checkpoint_layouts.export_names`), bit by bit the same; returns each published name's name in
+    "transformers" (see `layouts.export_names`), bit by bit the same; returns each published name's name in
     the file. The file is complete or not there.
 
     Raises:
@@ -35,19 +36,21 @@ def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) 
     config = read_config(Path(model_dir))
     tensors = open_model_weights(Path(model_dir))
     names = export_names(config, layout)
-    missing = sorted(OWN_PREFIX + name for name in names if OWN_PREFIX + name not in tensors.shapes)
+    missing = sorted(
+        ENCODER.weight_prefix + name for name in names if ENCODER.weight_prefix + name not in tensors.shapes
+    )
     if missing:
         raise ValueError(f"{str(model_dir)!r} lacks weights of its configuration: {', '.join(missing[:8])}.")
     published = {theirs: ours for ours, theirs in names.items()}
-    dtypes = {tensors.dtype(OWN_PREFIX + name) for name in names}
+    dtypes = {tensors.dtype(ENCODER.weight_prefix + name) for name in names}
     if len(dtypes) != 1:
         raise ValueError(f"The weights have several dtypes, {sorted(map(str, dtypes))}: save the model in one.")
     partial = output.with_name(f".{output.name}.unfinished")
     try:
         write_weights(
             partial,
-            {theirs: tensors.shapes[OWN_PREFIX + ours] for theirs, ours in published.items()},
-            lambda theirs: tensors.read(OWN_PREFIX + published[theirs]),
+            {theirs: tensors.shapes[ENCODER.weight_prefix + ours] for theirs, ours in published.items()},
+            lambda theirs: tensors.read(ENCODER.weight_prefix + published[theirs]),
             dtypes.pop(),
         )
         found = find_layout(LocalTensors.open([partial]).shapes, source_config=config.to_dict())

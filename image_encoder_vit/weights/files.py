@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..storage.safetensors_format import TensorSpec, no_duplicates, read_header
-from .layouts import Shape
+from .inference import Shape
 
 MAX_INDEX_BYTES = 16 << 20
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
@@ -142,7 +142,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     return dict(content)
 
 
-class Selection(NamedTuple):
+class CheckpointFile(NamedTuple):
     """The file that stands for the whole checkpoint: an index, or the checkpoint itself."""
 
     name: str
@@ -158,7 +158,7 @@ class Selection(NamedTuple):
         return self.name.removesuffix(INDEX_SUFFIX).endswith(".safetensors")
 
 
-def select_checkpoint(names: Iterable[str], filename: str | None, where: str) -> Selection:
+def select_checkpoint(names: Iterable[str], filename: str | None, where: str) -> CheckpointFile:
     """
     Chooses among the files of a folder or repository (paths with "/"), or takes `filename`.
 
@@ -173,17 +173,17 @@ def select_checkpoint(names: Iterable[str], filename: str | None, where: str) ->
             raise ValueError(f"{where} has no file {filename!r}. It has: {', '.join(names[:20])}.")
         if not filename.endswith(FORMATS):
             raise ValueError(f"{filename!r} is no checkpoint: those end in {', '.join(FORMATS)}.")
-        return Selection(filename)
+        return CheckpointFile(filename)
     top = [name for name in names if "/" not in name]
     usual = [name for name in USUAL_NAMES if name in top]
     if usual:
-        return Selection(usual[0])
+        return CheckpointFile(usual[0])
     for suffix in FORMATS:
         found = [name for name in top if name.endswith(suffix)]
         if len(found) > 1:
             raise ValueError(f"{where} has several checkpoints: {', '.join(found)}. Choose one by --filename.")
         if found:
-            return Selection(found[0])
+            return CheckpointFile(found[0])
     nested = [name for name in names if name.endswith(FORMATS)]
     hint = f" Below its folders: {', '.join(nested[:20])}; choose one by --filename." if nested else ""
     raise ValueError(f"{where} has no checkpoint: looked for names that end in {', '.join(FORMATS)}.{hint}")

@@ -1,11 +1,12 @@
 """A Hub repository at one commit: which files it has, and each of them by ranges, whole, or through the cache."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, errors, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, errors, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from transformers.utils import logging
@@ -26,6 +27,27 @@ logger = logging.get_logger(__name__)
 
 LIBRARY_NAME = "image-encoder-vit"
 Result = TypeVar("Result")
+
+
+def clean_token(token: str | bool | None) -> str | None:
+    """
+    The token to use: the one given or, for None, the one that huggingface_hub finds; None for False, or where there is
+    none. Spaces and line ends around it, which copying adds, are no part of it.
+
+    Raises:
+        ValueError: If it holds a character that no token has; the message does not show it.
+    """
+    if token is None:
+        token = get_token()
+    if not token or token is True:
+        return None
+    cleaned = token.strip()
+    if not re.fullmatch(r"[!-~]+", cleaned):
+        raise ValueError(
+            "The token holds a space, a line end or another character that no token has: copy it again. "
+            "It comes from --token, HF_TOKEN or `hf auth login`."
+        )
+    return cleaned
 
 
 class HubRepository:

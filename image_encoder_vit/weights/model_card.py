@@ -6,36 +6,68 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub import ModelCard
+from jinja2 import Environment, StrictUndefined
+from transformers import PreTrainedConfig
+from yaml import YAMLError
 
-from ..configuration_image_encoder_vit import ImageEncoderViTConfig
+from ..support import visible
+from .model_kinds import CLASSIFIER, ModelKind, kind_of
 
 PROVENANCE_FILE = "provenance.json"
 CARD_FILE = "README.md"
+MAX_CARD_BYTES = 4 << 20
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 # What lies between these lines is written anew each time; the rest of a card is its author's.
 START_MARK = "<!-- image-encoder-vit: generated below -->"
 END_MARK = "<!-- image-encoder-vit: generated above -->"
+LIBRARY = "transformers"
 TAGS = ("sam", "vit", "ocr", "image-encoder")
-CLASSIFIER = "ImageEncoderViTForImageClassification"
+# What Markdown and HTML give a meaning to.
+MARKUP = re.compile(r"([\\`*_{}\[\]<>|#&~$!])")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What `pull` wrote about where the weights come from; empty for folders that it did not make."""
     try:
         content = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def read_metadata(card: Path) -> dict[str, Any]:
-    """The YAML front matter of a card, empty where there is none or it cannot be read."""
-    if not card.is_file():
-        return {}
+def parse_card(text: str) -> ModelCard:
+    """
+    A card, whose text may have no front matter.
+
+    Raises:
+        ValueError: If its front matter is no YAML that maps names to values, saying where.
+    """
     try:
-        return dict(metadata_load(card) or {})
-    except ValueError:
-        return {}
+        # huggingface_hub warns of a card without front matter; ours may begin so.
+        return ModelCard(text if re.match(r"\s*---\s*\n", text) else f"---\n\n---\n{text}")
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        problem = " ".join(visible(line.strip()) for line in str(error).splitlines() if line.strip())
+        raise ValueError(f"The front matter of {CARD_FILE} cannot be read: {problem[:300]}") from None
+
+
+def read_card(path: Path) -> ModelCard:
+    """
+    The card in a file, an empty one where there is none.
+
+    Raises:
+        ValueError: As `parse_card`, and if the file is no text or too large for a card.
+    """
+    if not path.is_file():
+        return parse_card("")
+    with path.open("rb") as file:
+        content = file.read(MAX_CARD_BYTES + 1)
+    if len(content) > MAX_CARD_BYTES:
+        raise ValueError(f"{path.name!r} is larger than the {MAX_CARD_BYTES} bytes accepted of a card.")
+    try:
+        return parse_card(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name!r} is no text in UTF-8.") from None
 
 
 def plain_license(value: Any) -> str | None:
@@ -43,97 +75,99 @@ def plain_license(value: Any) -> str | None:
     return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", value) else None
 
 
-def is_classifier(config: ImageEncoderViTConfig) -> bool:
-    """Whether the folder of this configuration was saved with a head."""
-    return CLASSIFIER in (config.architectures or ())
+def plain_repository(value: Any) -> str | None:
+    """A repository's id as the Hub has them, or None for anything else."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", value, re.ASCII) else None
 
 
-def build_metadata(
-    existing: Mapping[str, Any], provenance: Mapping[str, Any], library_name: str, classifies: bool = False
-) -> dict[str, Any]:
+def escaped(value: object) -> str:
+    """Text from outside that Markdown shows as it is, on one line: no markup, no HTML, no control characters."""
+    return MARKUP.sub(r"\\\1", visible(str(value)))
+
+
+def code(value: object) -> str:
+    """The same in the type of code, where that is possible."""
+    text = str(value)
+    return f"`{text}`" if re.fullmatch(r"[\w.,:/+ -]+", text, re.ASCII) else escaped(text)
+
+
+def update_card(card: ModelCard, kind: ModelKind, provenance: Mapping[str, Any], generated: str) -> str:
     """
-    The front matter: what the source says, below what the author of the card has written already.
+    A whole README.md: the generated part in place of the last one, or after the author's own text, and the front
+    matter with what the source says, below what the author has written already.
     """
-    source = provenance.get("source", {})
-    generated = {
-        "library_name": library_name,
-        "pipeline_tag": "image-classification" if classifies else "image-feature-extraction",
+    source = _mapping(provenance.get("source"))
+    said = {
+        "pipeline_tag": kind.pipeline_tag,
         "license": plain_license(source.get("license")),
-        "base_model": source.get("repository"),
+        "base_model": plain_repository(source.get("repository")),
     }
-    metadata = {key: value for key, value in generated.items() if value is not None} | dict(existing)
-    metadata["library_name"] = library_name
-    tags = metadata.get("tags") or []
-    metadata["tags"] = list(dict.fromkeys([*(tags if isinstance(tags, list) else [tags]), *TAGS]))
-    return metadata
+    for key, value in said.items():
+        if value is not None and card.data.get(key) is None:
+            card.data[key] = value
+    tags = card.data.get("tags") or []
+    card.data["library_name"] = LIBRARY
+    card.data["tags"] = list(dict.fromkeys([*(tags if isinstance(tags, list) else [tags]), *TAGS]))
 
-
-def build_card(existing: str, metadata: Mapping[str, Any], generated: str) -> str:
-    """
-    A whole README.md: the metadata, and the generated part in place of the last one, or after the author's own text.
-    """
-    body = re.sub(r"\A---\r?\n.*?\r?\n---\r?\n", "", existing, count=1, flags=re.DOTALL).strip("\n")
     block = f"{START_MARK}\n{generated.strip()}\n{END_MARK}"
+    body = card.text.strip("\r\n")
     start, end = body.find(START_MARK), body.find(END_MARK)
     if 0 <= start < end:
         body = body[:start] + block + body[end + len(END_MARK) :]
     else:
         body = f"{body}\n\n{block}" if body else block
-    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{body}\n"
+    card.text = f"\n{body}\n"
+    return str(card)
 
 
 def describe_model(
-    config: ImageEncoderViTConfig,
-    provenance: Mapping[str, Any],
-    *,
-    usage: str,
-    measurements: Mapping[str, str],
+    config: PreTrainedConfig, provenance: Mapping[str, Any], *, usage: str, measurements: Mapping[str, str]
 ) -> str:
     """
-    The generated part of a card.
+    The generated part of a card. What comes out of `provenance`, which may be a stranger's, is escaped.
 
     `usage` is Markdown that tells how to load the model, `measurements` are figures by what they measure.
     """
-    stride_px = config.patch_size * 2 ** len(config.downsample_channels)
-    channels = [config.output_channels, *config.downsample_channels][-1]
-    cells = -(-config.image_size // stride_px)
-    sections = [
-        "# SAM ViT image encoder\n\n"
-        f"A page of {config.image_size} x {config.image_size} px becomes a feature map of {channels} channels on a "
-        f"grid of {cells} x {cells}, {cells * cells} tokens; other sizes work, a cell stands for {stride_px} x "
-        f"{stride_px} px. {config.num_hidden_layers} blocks of width {config.hidden_size}, global attention in blocks "
-        f"{', '.join(map(str, config.global_attn_indexes)) or 'none'}.",
-        f"## Usage\n\n{usage}",
-        _describe_source(provenance),
-        "## Numbers\n\n" + _table(("what", "measured"), measurements.items()),
-    ]
-    tensors = provenance.get("tensors", {})
-    if tensors:
-        rows = [(f"`{n}`", " x ".join(map(str, t["shape"])), f"`{t['sha256']}`") for n, t in tensors.items()]
-        sections.append(
-            f"<details><summary>The {len(tensors)} tensors, their shapes and SHA-256</summary>\n\n"
-            f"{_table(('tensor', 'shape', 'SHA-256 of its bytes'), rows)}\n</details>"
-        )
-    return "\n\n".join(section for section in sections if section)
+    tensors = _mapping(provenance.get("tensors"))
+    notices = provenance.get("notices")
+    environment = Environment(undefined=StrictUndefined, autoescape=False)  # Markdown: escaped here.
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        summary=kind_of(config).summary(config),
+        usage=usage.strip(),
+        source=_describe_source(_mapping(provenance.get("source"))),
+        notices=[escaped(notice) for notice in notices] if isinstance(notices, list) else [],
+        measurements={escaped(what): escaped(value) for what, value in measurements.items()},
+        tensors=[
+            (code(name), escaped(_joined(record.get("shape"), " x ")), code(record.get("sha256")))
+            for name, record in tensors.items()
+            if isinstance(record, dict)
+        ],
+    )
 
 
-def _describe_source(provenance: Mapping[str, Any]) -> str:
-    source = provenance.get("source")
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _joined(value: Any, separator: str) -> str:
+    return separator.join(map(str, value)) if isinstance(value, list) else ""
+
+
+def _describe_source(source: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of the table that says where the weights come from."""
     if not source:
-        return ""
-    rows = [
-        ("source", source.get("repository") or source.get("name")),
-        ("commit", source.get("commit")),
-        ("files", ", ".join(source.get("files", []))),
-        ("layout", f"{source.get('layout')}, under `{source.get('prefix') or '(no prefix)'}`"),
-        ("licence", _describe_license(source)),
-    ]
-    notices = "".join(f"\n- {notice}" for notice in provenance.get("notices", []))
-    table = _table(("where the weights come from", ""), [(what, value) for what, value in rows if value])
-    return f"## Source\n\n{table}" + (f"\nNotices of the conversion:\n{notices}\n" if notices else "")
+        return {}
+    rows = {
+        "source": code(source.get("repository") or source.get("name") or ""),
+        "commit": code(source.get("commit") or ""),
+        "files": code(_joined(source.get("files"), ", ")),
+        "layout": f"{code(source.get('layout'))}, under {code(source.get('prefix') or '(no prefix)')}",
+        "licence": _describe_license(source),
+    }
+    return {what: value for what, value in rows.items() if value}
 
 
-def _describe_license(source: Mapping[str, Any]) -> str | None:
+def _describe_license(source: Mapping[str, Any]) -> str:
     license_name = plain_license(source.get("license"))
     if license_name is None:
         return "not stated by the source"
@@ -142,14 +176,7 @@ def _describe_license(source: Mapping[str, Any]) -> str | None:
     )
 
 
-def _table(head: tuple[str, ...], rows: Any) -> str:
-    def line(cells: Any) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
-
-    return line(head) + "|" + "---|" * len(head) + "\n" + "".join(line(row) for row in rows)
-
-
-def usage_from(location: str, revision: str | None, classifies: bool = False) -> str:
+def usage_from(kind: ModelKind, location: str, revision: str | None) -> str:
     """
     Markdown that loads the published model from a repository or folder, pinned to a revision where it has one; with a
     head, in the pipeline that shows its labels too.
@@ -169,9 +196,9 @@ def usage_from(location: str, revision: str | None, classifies: bool = False) ->
         f"processor = AutoImageProcessor.from_pretrained(source{pinned}, trust_remote_code=True)\n"
         f"model = AutoModel.from_pretrained(source{pinned}, trust_remote_code=True).eval()\n\n"
         'inputs = processor(Image.open("page.png"), return_tensors="pt")\n'
-        "with torch.no_grad():\n"
-        '    features = model(inputs["pixel_values"]).last_hidden_state  # (1, channels, rows, columns)\n'
-        "```\n" + (_classifier_usage(location, pinned) if classifies else "") + reason
+        "with torch.inference_mode():\n"
+        "    features = model(**inputs).last_hidden_state  # (1, channels, rows, columns)\n"
+        "```\n" + (_classifier_usage(location, pinned) if kind == CLASSIFIER else "") + reason
     )
 
 

@@ -5,24 +5,23 @@ what lies on the disk.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..configuration_image_encoder_vit import ImageEncoderViTConfig
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
-from ..modeling_image_encoder_vit import ImageEncoderViTModel, name_auto_classes
+from ..modeling_image_encoder_vit import name_auto_classes
 from ..storage.safetensors_format import build_header
+from .families import OWN_LAYOUT, closest_family
 from .files import FORMAT_DTYPES, LocalTensors
-from .layouts import DEEPSEEK_OCR, OWN_LAYOUT, SAM, Shape, read_config
-from .sources import Opened
+from .inference import Shape
+from .layouts import preprocessing_of
+from .model_kinds import kind_of, read_config
+from .sources import OpenedCheckpoint
 
 WEIGHTS_FILE = "model.safetensors"
-# The names in a saved model: this, and the published name.
-OWN_PREFIX = f"{ImageEncoderViTModel.base_model_prefix}."
 
 
 def write_weights(
@@ -65,29 +64,35 @@ def _to_bytes(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def write_settings(opened: Opened, folder: Path, dtype: torch.dtype, notices: list[str]) -> None:
-    """Writes config.json and preprocessor_config.json, and beside them the code that both name."""
-    config = ImageEncoderViTConfig.from_dict(opened.layout.config.to_dict())
+def write_settings(opened: OpenedCheckpoint, folder: Path, dtype: torch.dtype) -> tuple[str, ...]:
+    """
+    Writes config.json and preprocessor_config.json, and beside them the code that both name; returns sentences that
+    the user should read.
+    """
+    kind = kind_of(opened.layout.config)
+    config = type(opened.layout.config).from_dict(opened.layout.config.to_dict())
     config.dtype = str(dtype).removeprefix("torch.")
-    config.architectures = [ImageEncoderViTModel.__name__]
+    config.architectures = [kind.model.__name__]
     with torch.device("meta"):
-        model = ImageEncoderViTModel(config)
+        model = kind.model(config)
     if model._auto_class is not None:
         name_auto_classes(config)
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
-    _image_processor(opened, notices).save_pretrained(folder)
+    processor, notices = _image_processor(opened)
+    processor.save_pretrained(folder)
+    return notices
 
 
-def _image_processor(opened: Opened, notices: list[str]) -> Any:
+def _image_processor(opened: OpenedCheckpoint) -> tuple[Any, tuple[str, ...]]:
     layout, own = opened.layout, opened.source.preprocessor
-    if layout.family.name == OWN_LAYOUT:
-        if str(own.get("image_processor_type", "")).startswith("ImageEncoderViT"):
-            return ImageEncoderViTImageProcessorPil.from_dict({k: v for k, v in own.items() if k != "auto_map"})
-        closest = DEEPSEEK_OCR if layout.config.downsample_channels else SAM
-        notices.append(f"The source has no preprocessor_config.json of this encoder: assuming {closest.title}'s.")
-        layout = replace(layout, family=closest)
-    return ImageEncoderViTImageProcessorPil(**layout.preprocessing)
+    if layout.family.name != OWN_LAYOUT:
+        return ImageEncoderViTImageProcessorPil(**layout.preprocessing), ()
+    if str(own.get("image_processor_type", "")).startswith("ImageEncoderViT"):
+        return ImageEncoderViTImageProcessorPil.from_dict({k: v for k, v in own.items() if k != "auto_map"}), ()
+    closest = closest_family(layout.config)
+    notice = f"The source has no preprocessor_config.json of this encoder: assuming {closest.title}'s."
+    return ImageEncoderViTImageProcessorPil(**preprocessing_of(closest, layout.config)), (notice,)
 
 
 def check_folder(folder: Path, digests: dict[str, str]) -> None:
@@ -103,7 +108,7 @@ def check_folder(folder: Path, digests: dict[str, str]) -> None:
     ImageEncoderViTImageProcessorPil.from_pretrained(folder)
     tensors = LocalTensors.open([folder / WEIGHTS_FILE])
     with torch.device("meta"):
-        model = ImageEncoderViTModel(config)
+        model = kind_of(config).model(config)
         empty = {name: torch.empty(shape) for name, shape in tensors.shapes.items()}
     try:
         model.load_state_dict(empty, strict=True, assign=True)

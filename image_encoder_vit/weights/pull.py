@@ -4,17 +4,20 @@ Takes the encoder, and nothing else, out of any checkpoint of its family, and wr
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..storage.http_ranges import RetryPolicy
 from ..storage.output_folder import discard, publish, unfinished_folder
 from .hub_repository import HubRepository
-from .model_card import CARD_FILE, PROVENANCE_FILE, build_card, build_metadata, describe_model, usage_from
-from .model_folder import OWN_PREFIX, WEIGHTS_FILE, check_folder, write_settings, write_weights
-from .sources import Opened, open_local, open_remote
+from .layouts import Choice
+from .model_card import CARD_FILE, PROVENANCE_FILE, describe_model, parse_card, update_card, usage_from
+from .model_folder import WEIGHTS_FILE, check_folder, write_settings, write_weights
+from .model_kinds import kind_of
+from .sources import OpenedCheckpoint, open_local, open_remote
 
 STAGING_FOLDER = "staging"
 
@@ -56,7 +59,7 @@ def pull(
 
     Args:
         source: A Hub repository, a local folder, or a local file (.safetensors, .pth, .pt, .bin). What exists locally
-            is taken for local. The layout is recognised by the tensors, see `checkpoint_layouts`.
+            is taken for local. The layout is recognised by the tensors, see `layouts`.
         output_dir: The folder to make.
         revision: Branch, tag or commit of a Hub repository. The commit behind it is looked up once.
         token: For private and gated repositories; by default the one that huggingface_hub finds, if any.
@@ -75,6 +78,7 @@ def pull(
     """
     output = Path(output_dir).absolute()
     target_dtype = _parse_dtype(dtype)
+    choice = Choice(filename, prefix)
     local = Path(source)
     is_local = local.exists()
     if not is_local and (isinstance(source, Path) or str(source).startswith((".", "/", "~"))):
@@ -86,12 +90,12 @@ def pull(
         staging = folder / STAGING_FOLDER
         try:
             if is_local:
-                opened = open_local(local, filename, prefix)
+                opened = open_local(local, choice)
             else:
                 repository = HubRepository(
                     str(source), revision=revision, token=token, endpoint=endpoint, retry=retry or RetryPolicy()
                 )
-                opened = open_remote(repository, staging, filename, prefix, full_download)
+                opened = open_remote(repository, staging, choice, full_download)
             pulled = _write_folder(opened, folder, target_dtype)
             discard(staging)
             publish(folder, output)
@@ -112,26 +116,61 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return parsed
 
 
-def _write_folder(opened: Opened, folder: Path, dtype: torch.dtype | None) -> Pulled:
+def _write_folder(opened: OpenedCheckpoint, folder: Path, dtype: torch.dtype | None) -> Pulled:
     """Writes and checks everything but the rename."""
-    layout, source = opened.layout, opened.source
+    layout = opened.layout
     for stale in folder.iterdir():
         if stale.name != STAGING_FOLDER:
             stale.unlink()  # Left by a pull that was killed, perhaps one of another source.
     notices = [*layout.notices, *opened.notices]
     if dtype is None:
-        dtype = _common_dtype(opened, notices)
+        dtype, dtype_notices = _common_dtype(opened)
+        notices += dtype_notices
+    prefix = kind_of(layout.config).weight_prefix
     records = write_weights(
         folder / WEIGHTS_FILE,
-        {f"{OWN_PREFIX}{name}": layout.shapes[name] for name in layout.sources},
-        lambda name: _read_converted(opened, name.removeprefix(OWN_PREFIX)),
+        {f"{prefix}{name}": layout.shapes[name] for name in layout.sources},
+        lambda name: _read_converted(opened, name.removeprefix(prefix)),
         dtype,
     )
-    write_settings(opened, folder, dtype, notices)
+    notices += write_settings(opened, folder, dtype)
+    provenance = provenance_of(opened, records, notices)
+    _write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+    weight_bytes = (folder / WEIGHTS_FILE).stat().st_size
+    _write_text(folder / CARD_FILE, card_of(opened, provenance, weight_bytes, dtype))
+    check_folder(folder, {name: record["sha256"] for name, record in records.items()})
+    return Pulled(
+        folder=folder,
+        layout=layout.family.name,
+        prefix=layout.prefix,
+        commit=opened.source.commit,
+        tensors=len(records),
+        weight_bytes=weight_bytes,
+        bytes_moved=opened.traffic.body_bytes,
+        requests=opened.traffic.requests,
+        notices=tuple(notices),
+    )
+
+
+def _common_dtype(opened: OpenedCheckpoint) -> tuple[torch.dtype, tuple[str, ...]]:
+    """The dtype of all weights, float32 for mixed ones, and what the user should read about it."""
+    dtypes = {opened.tensors.dtype(name) for name in opened.layout.sources.values()}
+    if len(dtypes) == 1 and torch.float64 not in dtypes:
+        return dtypes.pop(), ()
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return torch.float32, (f"The weights are {names}: stored as float32.",)
+
+
+def provenance_of(
+    opened: OpenedCheckpoint, records: Mapping[str, Mapping[str, Any]], notices: Sequence[str]
+) -> dict[str, Any]:
+    """The content of provenance.json: where the weights come from, and each tensor's name there and digest here."""
+    layout, source = opened.layout, opened.source
     license_name, stated_by = source.license, "source"
     if license_name is None and layout.family.license is not None:
         license_name, stated_by = layout.family.license, "family"
-    provenance = {
+    prefix = kind_of(layout.config).weight_prefix
+    return {
         "source": {
             "name": source.name,
             "repository": source.repository,
@@ -142,52 +181,32 @@ def _write_folder(opened: Opened, folder: Path, dtype: torch.dtype | None) -> Pu
             "license": license_name,
             "license_stated_by": stated_by if license_name else None,
         },
-        "notices": notices,
+        "notices": list(notices),
         "tensors": {
-            name: {"source_name": layout.sources[name.removeprefix(OWN_PREFIX)], **record}
+            name: {"source_name": layout.sources[name.removeprefix(prefix)], **record}
             for name, record in records.items()
         },
     }
-    _write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
-    weight_bytes = (folder / WEIGHTS_FILE).stat().st_size
-    parameters = sum(torch.Size(shape).numel() for shape in layout.shapes.values())
+
+
+def card_of(opened: OpenedCheckpoint, provenance: Mapping[str, Any], weight_bytes: int, dtype: torch.dtype) -> str:
+    """The content of the folder's README.md."""
+    config, kind = opened.layout.config, kind_of(opened.layout.config)
+    parameters = sum(torch.Size(shape).numel() for shape in opened.layout.shapes.values())
     measurements = {
-        "parameters": f"{parameters:,} in {len(records)} tensors",
+        "parameters": f"{parameters:,} in {len(opened.layout.shapes)} tensors",
         "weights": f"{weight_bytes:,} bytes, {str(dtype).removeprefix('torch.')}",
     }
-    if source.repository is not None and not opened.notices:
+    if opened.source.repository is not None and not opened.notices:
         measurements["fetched from the source"] = (
             f"{opened.traffic.body_bytes:,} bytes in {opened.traffic.requests} requests"
         )
-    generated = describe_model(
-        layout.config, provenance, usage=usage_from("path/to/this/folder", None), measurements=measurements
-    )
-    metadata = build_metadata({}, provenance, "transformers")
-    _write_text(folder / CARD_FILE, build_card("", metadata, generated))
-    check_folder(folder, {name: record["sha256"] for name, record in records.items()})
-    return Pulled(
-        folder=folder,
-        layout=layout.family.name,
-        prefix=layout.prefix,
-        commit=source.commit,
-        tensors=len(records),
-        weight_bytes=weight_bytes,
-        bytes_moved=opened.traffic.body_bytes,
-        requests=opened.traffic.requests,
-        notices=tuple(notices),
-    )
+    usage = usage_from(kind, "path/to/this/folder", None)
+    generated = describe_model(config, provenance, usage=usage, measurements=measurements)
+    return update_card(parse_card(""), kind, provenance, generated)
 
 
-def _common_dtype(opened: Opened, notices: list[str]) -> torch.dtype:
-    dtypes = {opened.tensors.dtype(name) for name in opened.layout.sources.values()}
-    if len(dtypes) == 1 and torch.float64 not in dtypes:
-        return dtypes.pop()
-    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    notices.append(f"The weights are {names}: stored as float32.")
-    return torch.float32
-
-
-def _read_converted(opened: Opened, name: str) -> torch.Tensor:
+def _read_converted(opened: OpenedCheckpoint, name: str) -> torch.Tensor:
     """A weight by published name, convolutions as (O, I, H, W)."""
     tensor = opened.tensors.read(opened.layout.sources[name])
     if opened.layout.is_channels_last and tensor.ndim == 4 and name != "pos_embed":

@@ -15,16 +15,17 @@ from ..storage.output_folder import discard
 from ..storage.safetensors_ranges import Staging, plan_download, read_remote_header
 from .files import (
     MAX_INDEX_BYTES,
+    CheckpointFile,
     LocalTensors,
     PickledTensors,
-    Selection,
     parse_config,
     parse_index,
     select_checkpoint,
 )
 from .hub_repository import HubRepository
-from .layouts import Layout, Shape, choose_prefix, find_layout, weights_below
-from .model_card import CARD_FILE, plain_license, read_metadata
+from .inference import Shape
+from .layouts import Choice, Layout
+from .model_card import CARD_FILE, plain_license, read_card
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +54,7 @@ class Source(NamedTuple):
     preprocessor: dict[str, Any]
 
 
-class Opened(NamedTuple):
+class OpenedCheckpoint(NamedTuple):
     """An encoder that was found, and its weights on this disk."""
 
     source: Source
@@ -63,15 +64,15 @@ class Opened(NamedTuple):
     notices: tuple[str, ...] = ()
 
 
-def open_local(path: Path, filename: str | None, prefix: str | None) -> Opened:
+def open_local(path: Path, choice: Choice) -> OpenedCheckpoint:
     """Finds the encoder in a file, or in the checkpoint of a folder."""
     if path.is_dir():
         folder = path
         names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-        selection = select_checkpoint(names, filename, f"The folder {path.name!r}")
+        selection = select_checkpoint(names, choice.filename, f"The folder {path.name!r}")
     else:
-        if filename is not None:
-            raise ValueError(f"{path.name!r} is a file: choosing {filename!r} in it makes no sense.")
+        if choice.filename is not None:
+            raise ValueError(f"{path.name!r} is a file: choosing {choice.filename!r} in it makes no sense.")
         folder, names = path.parent, [path.name]
         selection = select_checkpoint(names, path.name, "The folder")
     files = [selection.name]
@@ -81,7 +82,7 @@ def open_local(path: Path, filename: str | None, prefix: str | None) -> Opened:
             names = sorted(file.name for file in folder.iterdir() if file.is_file())
         content = _read_capped(folder / selection.name, MAX_INDEX_BYTES)
         weight_map = parse_index(content, names, selection.name)
-        files = _wanted_files(weight_map, prefix)
+        files = _wanted_files(weight_map, choice)
     tensors = _open_files(selection, [folder / file for file in files])
     beside = folder if path.is_dir() else None
     source = Source(
@@ -89,17 +90,25 @@ def open_local(path: Path, filename: str | None, prefix: str | None) -> Opened:
         repository=None,
         commit=None,
         files=tuple(files),
-        license=plain_license(read_metadata(folder / CARD_FILE).get("license")) if beside else None,
+        license=_read_license(folder / CARD_FILE) if beside else None,
         config=_read_json(beside, "config.json"),
         preprocessor=_read_json(beside, "preprocessor_config.json"),
     )
     shapes = _all_shapes(weight_map, files, tensors.shapes)
-    layout = find_layout(shapes, prefix=prefix, source_config=source.config)
-    return Opened(source, layout, tensors, Traffic())
+    layout = choice.layout(shapes, source.config)
+    return OpenedCheckpoint(source, layout, tensors, Traffic())
 
 
-def _open_files(selection: Selection, paths: list[Path]) -> Tensors:
-    return LocalTensors.open(paths) if selection.is_safetensors else PickledTensors(paths)
+def _open_files(file: CheckpointFile, paths: list[Path]) -> Tensors:
+    return LocalTensors.open(paths) if file.is_safetensors else PickledTensors(paths)
+
+
+def _read_license(card: Path) -> str | None:
+    """The licence that a card names; None for a card that cannot be read, which is no reason to stop."""
+    try:
+        return plain_license(read_card(card).data.get("license"))
+    except ValueError:
+        return None
 
 
 def _read_json(folder: Path | None, name: str) -> dict[str, Any]:
@@ -116,23 +125,20 @@ def _read_capped(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def _wanted_files(weight_map: dict[str, str], prefix: str | None) -> list[str]:
+def _wanted_files(weight_map: dict[str, str], choice: Choice) -> list[str]:
     """The files of a sharded checkpoint that hold a part of the encoder."""
-    weights = weights_below(weight_map, choose_prefix(weight_map, prefix))
-    return sorted({weight_map[name] for name in weights.values()})
+    return sorted({weight_map[name] for name in choice.weights(weight_map).values()})
 
 
-def open_remote(
-    repository: HubRepository, staging: Path, filename: str | None, prefix: str | None, full_download: bool
-) -> Opened:
+def open_remote(repository: HubRepository, staging: Path, choice: Choice, full_download: bool) -> OpenedCheckpoint:
     """Finds the encoder in a repository, and fetches its weights, by ranges where that is possible."""
-    selection = select_checkpoint(repository.names, filename, f"{repository.repo_id!r}")
+    selection = select_checkpoint(repository.names, choice.filename, f"{repository.repo_id!r}")
     weight_map: dict[str, str] = {}
     files = [selection.name]
     if selection.is_index:
         content = repository.read_small(selection.name, MAX_INDEX_BYTES)
         weight_map = parse_index(content, repository.names, selection.name)
-        files = _wanted_files(weight_map, prefix)
+        files = _wanted_files(weight_map, choice)
     source = Source(
         name=repository.repo_id,
         repository=repository.repo_id,
@@ -147,20 +153,20 @@ def open_remote(
         notice = f"Downloaded {', '.join(files)} whole into the cache: only safetensors can be read in parts."
     elif not full_download:
         try:
-            return _open_ranged(repository, source, weight_map, staging, prefix)
+            return _open_ranged(repository, source, weight_map, staging, choice)
         except RangesUnsupported as error:
             notice = f"{error} Downloaded {', '.join(files)} whole into the cache."
             logger.warning("%s", notice)
             discard(staging)
     tensors = _open_files(selection, [repository.download(file) for file in files])
     shapes = _all_shapes(weight_map, files, tensors.shapes)
-    layout = find_layout(shapes, prefix=prefix, source_config=source.config)
-    return Opened(source, layout, tensors, repository.traffic, (notice,))
+    layout = choice.layout(shapes, source.config)
+    return OpenedCheckpoint(source, layout, tensors, repository.traffic, (notice,))
 
 
 def _open_ranged(
-    repository: HubRepository, source: Source, weight_map: dict[str, str], staging: Path, prefix: str | None
-) -> Opened:
+    repository: HubRepository, source: Source, weight_map: dict[str, str], staging: Path, choice: Choice
+) -> OpenedCheckpoint:
     remote = {name: repository.file(name) for name in source.files}
     headers = {}
     sizes = {}
@@ -168,7 +174,7 @@ def _open_ranged(
         headers[name], sizes[name] = read_remote_header(file, f"{name!r} of {repository.repo_id!r}")
     shapes = {tensor: spec.shape for specs in headers.values() for tensor, spec in specs.items()}
     shapes = _all_shapes(weight_map, source.files, shapes)
-    layout = find_layout(shapes, prefix=prefix, source_config=source.config)
+    layout = choice.layout(shapes, source.config)
     wanted = set(layout.sources.values())
     per_file = {
         name: {tensor: spec for tensor, spec in specs.items() if tensor in wanted} for name, specs in headers.items()
@@ -180,7 +186,7 @@ def _open_ranged(
         tensors.dtype(tensor)
     store = Staging(staging, f"{repository.repo_id}@{repository.commit}", chunks)
     store.fetch(remote, sizes)
-    return Opened(source, layout, tensors, repository.traffic)
+    return OpenedCheckpoint(source, layout, tensors, repository.traffic)
 
 
 def _all_shapes(weight_map: dict[str, str], files: Iterable[str], opened: dict[str, Shape]) -> dict[str, Shape]:
