@@ -11,7 +11,8 @@ import torch
 import torch._dynamo.testing
 from builders import random_pixels, relative_error, small_model
 
-from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTModel, onnx_export
+from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTModel
+from image_encoder_vit.runtimes import onnx_export
 from image_encoder_vit.runtimes.onnx_export import export_onnx
 from image_encoder_vit.runtimes.openvino import cpu_settings, openvino_encoder
 
@@ -100,6 +101,53 @@ def test_a_mismatch_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(ArithmeticError, match="was not written"):
         export_onnx(small_model(), tmp_path / "encoder.onnx", (64, 64))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def two_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks have 0.3 MB of weights: these count as too many for one file."""
+    needs("onnx", "onnxscript", "onnxruntime")
+    monkeypatch.setattr(onnx_export, "MAX_WEIGHT_BYTES", 100_000)
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(
+    two_files: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = small_model(num_hidden_layers=2, global_attn_indexes=[1])
+    path, data = tmp_path / "made" / "encoder.onnx", tmp_path / "made" / "encoder.onnx.data"
+    assert export_onnx(model, path, SIZE) <= BOUND
+    assert sorted(path.parent.iterdir()) == [path, data]
+    weight_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
+    assert data.stat().st_size > 0.5 * weight_bytes
+
+    # Both work wherever they lie together.
+    moved = path.parent.rename(tmp_path / "moved") / path.name
+    onnxruntime = importlib.import_module("onnxruntime")
+    pixels = random_pixels(1, 3, *SIZE)
+    session = onnxruntime.InferenceSession(str(moved), providers=["CPUExecutionProvider"])
+    actual = torch.from_numpy(session.run(["last_hidden_state"], {"pixel_values": pixels.numpy()})[0])
+    with torch.inference_mode():
+        assert relative_error(actual, model(pixels).last_hidden_state) <= BOUND
+    moved.unlink()
+    with pytest.raises(FileExistsError, match=r"encoder.onnx.data' exists already"):
+        export_onnx(model, moved, SIZE)
+
+
+@pytest.mark.parametrize("failing", ["the check", "the last rename"])
+def test_of_two_files_none_stays_after_a_failure(
+    failing: str, two_files: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def largest_error(*arguments: object) -> float:
+        if failing == "the last rename":
+            (tmp_path / "encoder.onnx").mkdir()  # Nothing can be renamed to its name.
+            return 0.0
+        return float("nan")
+
+    monkeypatch.setattr(onnx_export, "largest_error", largest_error)
+    with pytest.raises((ArithmeticError, OSError)):
+        export_onnx(small_model(num_hidden_layers=2, global_attn_indexes=[1]), tmp_path / "encoder.onnx", SIZE)
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left == ([] if failing == "the check" else ["encoder.onnx"])
 
 
 def test_the_script_refuses_in_one_line(model_folder: str, tmp_path: Path) -> None:

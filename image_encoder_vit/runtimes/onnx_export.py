@@ -1,13 +1,14 @@
 """
-The encoder as one ONNX file for images of one size, with a free batch: made by the exporter of torch.export, compared
-with the PyTorch model in ONNX Runtime, and only then put in its place.
+The encoder as an ONNX file for images of one size, with a free batch: made by the exporter of torch.export, compared
+with the PyTorch model in ONNX Runtime, and only then put in its place. Weights beyond what one file can hold lie in a
+second one beside it, "NAME.onnx.data".
 
 Input `pixel_values` (batch, 3, height, width); outputs `last_hidden_state`, `pooler_output`, `patch_embeds` as in
 `ImageEncoderViTModelOutput`. All in float32. The position tables are resized for the size and stored.
 """
 
 import json
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 
 from ..modeling_image_encoder_vit import ImageEncoderViTModel
+from ..storage.atomic_file import sync
+from ..storage.output_folder import discard, unfinished_path
 from ..support import import_extra
 from .fixed_size import EXAMPLE_BATCH, OUTPUT_NAMES, FixedSizeEncoder, export_program, without_exporters_warnings
 
 OPSET = 20
 MAX_RELATIVE_ERROR = 1e-4
-MAX_FILE_BYTES = 2**31 - 1  # What protobuf can hold in one message.
+MAX_WEIGHT_BYTES = 2**31 - (64 << 20)  # Of one file: protobuf holds 2 GiB in a message, the graph takes some of it.
+MAX_INLINE_BYTES = 1024  # Smaller tensors stay in the file: ONNX Runtime reads shapes from there.
 CHECKED_BATCHES = (1, EXAMPLE_BATCH)
 SEED = 0
 
@@ -31,48 +35,66 @@ def export_onnx(
     """
     Writes the model for images of `size` = (height, width) in px to `output_file`, weights included, and returns the
     largest relative error ||onnx - pytorch|| / ||pytorch|| that ONNX Runtime had against the model on random pixels.
+    Weights of more than 2 GB go to a file of their own, `data_file(output_file)`, which must stay beside it.
 
-    The file is complete or not there. Its metadata hold the configuration, and `source` if given: where the weights
-    come from, for instance repository and commit.
+    What is written is complete or not there. Its metadata hold the configuration, and `source` if given: where the
+    weights come from, for instance repository and commit.
 
     Raises:
         FileExistsError: If the file exists.
         ImportError: If onnx, onnxscript or onnxruntime are not installed.
-        ValueError: If the size cannot be cut into patches, the weights are quantised, or too large for one file.
+        ValueError: If the size cannot be cut into patches, or the weights are quantised.
         ArithmeticError: If ONNX Runtime computes something else than the model.
     """
     output = Path(output_file)
-    if output.exists():
-        raise FileExistsError(f"{str(output)!r} exists already: remove it, or choose another name.")
+    data = data_file(output)
+    for path in (output, data):
+        if path.exists():
+            raise FileExistsError(f"{str(path)!r} exists already: remove it, or choose another name.")
     for name in ("onnx", "onnxscript", "onnxruntime"):
         import_extra(name, "export")
     encoder = FixedSizeEncoder(model, size, chunked=True)
-    proto = to_onnx(encoder)
-    describe(proto, model, size, source)
-    if proto.ByteSize() > MAX_FILE_BYTES:
-        raise ValueError(f"The encoder takes {proto.ByteSize():,} bytes, and one ONNX file holds {MAX_FILE_BYTES:,}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.unfinished")
-    try:
-        with partial.open("wb") as file:
-            file.write(proto.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        del proto
-        error = largest_error(partial, encoder, model)
+    graph = to_onnx(encoder)
+    graph.metadata_props.update(metadata(model, size, source))
+    folder = unfinished_path(output)
+    with ExitStack() as stack:
+        discard(folder)  # Of an export that was killed.
+        folder.mkdir(parents=True)
+        stack.callback(discard, folder)
+        save(graph, folder / output.name)
+        del graph
+        error = largest_error(folder / output.name, encoder, model)
         if not error <= MAX_RELATIVE_ERROR:
             raise ArithmeticError(
                 f"ONNX Runtime differs from the model by {error:.1e}, more than {MAX_RELATIVE_ERROR:.0e}: "
                 f"{str(output)!r} was not written."
             )
-        partial.rename(output)
-    finally:
-        partial.unlink(missing_ok=True)
+        publish(folder, output)
     return error
 
 
+def publish(folder: Path, output: Path) -> None:
+    """Moves the files of the folder beside it. The one that runtimes open comes last: once it is there, all is."""
+    for path in folder.iterdir():
+        sync(path)
+    data = data_file(output)
+    if (folder / data.name).exists():
+        (folder / data.name).rename(data)
+    try:
+        (folder / output.name).rename(output)
+    except OSError:
+        data.unlink(missing_ok=True)
+        raise
+    sync(output.parent)
+
+
+def data_file(output: Path) -> Path:
+    """Where the weights of a large ONNX file lie."""
+    return output.with_name(f"{output.name}.data")
+
+
 def to_onnx(encoder: FixedSizeEncoder) -> Any:
-    """The encoder as an onnx.ModelProto."""
+    """The encoder as an onnx_ir.Model."""
     with without_exporters_warnings():
         program = torch.onnx.export(
             export_program(encoder),
@@ -83,19 +105,28 @@ def to_onnx(encoder: FixedSizeEncoder) -> Any:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    return program.model
 
 
-def describe(proto: Any, model: ImageEncoderViTModel, size: tuple[int, int], source: dict[str, Any] | None) -> None:
-    """Writes producer, configuration, size and source into the metadata."""
-    metadata = {
+def metadata(model: ImageEncoderViTModel, size: tuple[int, int], source: dict[str, Any] | None) -> dict[str, str]:
+    """Configuration, size and source, as they are written into the file."""
+    return {
         "config": model.config.to_json_string(use_diff=False),
         "image_size_px": json.dumps(list(size)),
         "source": json.dumps(source or {}),
     }
-    for key, value in metadata.items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value
+
+
+def save(graph: Any, path: Path) -> None:
+    """Writes an onnx_ir.Model to one file, or to two where its weights are too large for one."""
+    weight_bytes = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    is_large = weight_bytes > MAX_WEIGHT_BYTES
+    import_extra("onnx_ir", "export").save(
+        graph,
+        path,
+        external_data=data_file(path).name if is_large else None,
+        size_threshold_bytes=MAX_INLINE_BYTES,
+    )
 
 
 def largest_error(path: Path, encoder: FixedSizeEncoder, model: ImageEncoderViTModel) -> float:
