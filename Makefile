@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
 VENV_TORCHVISION := .venv-torchvision
+NODE := .node
+TRANSFORMERS_JS := @huggingface/transformers@4.3.1
 # Everything but torchvision, whose registry builds for Linux want CUDA libraries, and torchao: transformers imports it
 # wherever it is installed, and it writes warnings to every program's stderr. Its tests find it in a folder of its own.
 EXTRAS := test,dev,plot,export,finetune,corpora
@@ -10,7 +12,7 @@ EXTRAS := test,dev,plot,export,finetune,corpora
 KERNEL := hatch_build.py image_encoder_vit/cpu_kernel.c
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: encode test benchmark lint check test-oldest test-torchvision clean
+.PHONY: encode test benchmark lint check test-oldest test-torchvision test-js clean
 
 # The main job: encode the sample page, and draw it beside its features.
 encode: $(VENV)/.installed
@@ -40,6 +42,10 @@ test-torchvision: $(VENV_TORCHVISION)/.installed
 	$(VENV_TORCHVISION)/bin/python -m pytest tests/test_image_processing.py tests/test_image_processing_torchvision.py \
 		tests/test_views.py tests/test_tiled_features.py tests/test_loading.py tests/test_remote_code.py
 
+# What `export --format transformers.js` writes, in Node; transformers.js brings binaries for several systems, 0.5 GB.
+test-js: $(VENV)/.installed $(NODE)/.installed
+	$(VENV)/bin/python -m pytest tests/test_transformers_js.py
+
 $(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable ".[$(EXTRAS)]"
@@ -57,5 +63,11 @@ $(VENV_TORCHVISION)/.installed: pyproject.toml constraints-torchvision.txt $(KER
 	$(VENV_TORCHVISION)/bin/python $(INSTALL) --constraint constraints-torchvision.txt --editable ".[test,torchvision]"
 	touch $@
 
+# Without install scripts, which would download what a CPU does not need.
+$(NODE)/.installed:
+	mkdir -p $(NODE)
+	npm install --prefix $(NODE) --no-save --no-package-lock --no-audit --no-fund --ignore-scripts $(TRANSFORMERS_JS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_TORCHVISION) .suites_cache out
+	rm -rf $(NODE) $(VENV) $(VENV_OLDEST) $(VENV_TORCHVISION) .suites_cache out

@@ -27,7 +27,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_the_wheel_holds_the_package_and_its_licence(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "image_encoder_vit").rglob("*.py")}
-    sources |= {"image_encoder_vit/cpu_kernel.c", "image_encoder_vit/weights/model_card.md.jinja"}
+    sources |= {
+        "image_encoder_vit/cpu_kernel.c",
+        "image_encoder_vit/runtimes/prepare_page.mjs",
+        "image_encoder_vit/weights/model_card.md.jinja",
+    }
     built = {"image_encoder_vit/_cpu_kernel.so"}  # where there is a compiler for it
     assert {name for name in names if name.startswith("image_encoder_vit/")} - built == sources
     assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}

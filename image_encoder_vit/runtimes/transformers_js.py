@@ -192,8 +192,8 @@ pipeline_tag: image-feature-extraction
 # An image encoder for pages, for transformers.js
 
 SAM's ViT image encoder, exported from PyTorch{origin}. It takes pages on a canvas of {height} x {width} px and gives
-`last_hidden_state` (batch, {channels}, {rows}, {columns}), `pooler_output` (batch, {channels}) and `patch_embeds`
-(batch, {cells}, {channels}).
+`last_hidden_state` (batch, {channels}, {rows}, {columns}), its mean over the cells as `pooler_output`
+(batch, {channels}), and the cells as tokens, `patch_embeds` (batch, {cells}, {channels}).
 
 ## With pages prepared as for the original
 
@@ -225,8 +225,11 @@ extract.processor = pageProcessor(config.page_settings, Tensor);
 const features = await extract("page.png");
 ```
 
-Without the line that sets `extract.processor` it works too, with a page that is {approximation}: the features are
-those of another picture, and must not be compared with features from Python.
+Without the line that sets `extract.processor` it works too, but the page is {approximation}:
+these features must not be compared with features from Python.
+
+transformers.js does not know this kind of model, says so when it loads it, and goes on. A folder on the disk is given
+by a path that begins with "/" or "./".
 
 ## Files
 
