@@ -16,7 +16,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # The main job: encode the sample page, and draw it beside its features.
 encode: $(VENV)/.installed
-	$(VENV)/bin/python scripts/encode.py samples/page.png --output out/page.safetensors --plot out/page.png
+	$(VENV)/bin/python scripts/encode.py samples/page.png --output out/page.safetensors --plot out/page.png --overwrite
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest

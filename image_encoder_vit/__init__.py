@@ -1,5 +1,7 @@
 """SAM's ViT image encoder for transformers. Importing the package registers its classes with the Auto classes."""
 
+__version__ = "0.1.0"
+
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 # Older releases ask for torchvision when it is imported from the top of transformers, although it works without.
@@ -46,6 +48,7 @@ __all__ = [
     "ImageEncoderViTModel",
     "ImageEncoderViTModelOutput",
     "ImageFeatureMaps",
+    "__version__",
     "cell_to_pixels",
     "stitch_tiles",
 ]

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """The same as `image-encoder-vit benchmark`."""
 
-import sys
-
 from image_encoder_vit.commands.benchmark import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

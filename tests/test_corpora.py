@@ -107,7 +107,7 @@ REJECTED = ["cut.png", "cut.tar::a.png", "cut.tar::", "empty.jpg", "no.pdf"]
 
 def arguments(corpus: Path, model_folder: str, output: Path, *options: object) -> list[str]:
     given = [corpus, "--checkpoint", model_folder, "--output", output, "--pages-per-shard", 3, "--batch-size", 2]
-    return list(map(str, [*given, "--cpu", "--workers", 1, *options]))
+    return list(map(str, [*given, "--device", "cpu", "--workers", 1, *options]))
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_its_weights_are_fetched
     result = encode(images, "--checkpoint", tmp_path, "--output", tmp_path / "f.safetensors")
     assert result.returncode == 2
     assert "type 'deepseek_vl_v2', not 'image_encoder_vit'" in result.stderr
-    assert f"scripts/pull_from_hub.py {tmp_path} FOLDER" in result.stderr
+    assert f"image-encoder-vit pull {tmp_path} FOLDER" in result.stderr
 
 
 def test_a_checkpoint_with_missing_weights_is_refused(images: Path, model_folder: str, tmp_path: Path) -> None:

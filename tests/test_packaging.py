@@ -60,7 +60,7 @@ def test_readme_names_make_targets_and_files_that_exist() -> None:
 
 
 def write_features(folder: Path) -> None:
-    """Features of one page, as scripts/extract_features.py writes them."""
+    """Features of one page, as `image-encoder-vit extract` writes them."""
     row = {"id": "page.png#0", "source": "page.png", "page": 0, "shard": shard_name(0), "row": 0}
     check_manifest(folder, {"format": 1})
     write_unit(folder, 0, {0: torch.zeros(20, 16, 16)}, [row])

@@ -212,8 +212,7 @@ def test_a_resumed_training_is_the_same_bit_for_bit(
                     assert run(images, model_folder, tmp_path / name, *options, *resume) == 0
                     continue
                 interrupt_after(stop, patch)
-                with pytest.raises(KeyboardInterrupt):
-                    run(images, model_folder, tmp_path / name, *options, *resume)
+                assert run(images, model_folder, tmp_path / name, *options, *resume) == 130
                 assert not (tmp_path / name).exists()
             if stop == 4:
                 states = tmp_path / f".{name}.unfinished" / "states"
@@ -258,8 +257,7 @@ def test_resuming_needs_a_state_and_the_same_settings(
     assert "--resume: no state" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         interrupt_after(1, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run(images, model_folder, output, "--save-every-steps", 1)
+        assert run(images, model_folder, output, "--save-every-steps", 1) == 130
     assert run(images, model_folder, output) == 2
     assert "add --resume, or remove" in capsys.readouterr().err
     assert run(images, model_folder, output, "--resume", "--seed", 1, "--batch-size", 2) == 2

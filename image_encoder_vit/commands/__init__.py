@@ -1,8 +1,12 @@
-"""The command line: one module for each command, `main(argv)` of each gives the exit status."""
+"""The command line: one module for each command; its `main(argv)` gives the exit status."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+
+from .. import __version__
+from .options import PROGRAM
 
 COMMANDS = {
     "pull": "take the encoder out of a checkpoint on the Hub or on this disk",
@@ -13,19 +17,27 @@ COMMANDS = {
     "search": "pages of a feature store most like a page, an image, or a region of one",
     "export": "write the encoder as an ONNX file",
     "finetune": "train a classifier on images in one folder for each class",
-    "benchmark": "the encoder beside others",
+    "benchmark": "time the encoder beside others",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that `argv` (the program's arguments) begins with; its exit status."""
-    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in COMMANDS:
-        module = importlib.import_module(f".{name}", __name__)
-        return int(module.main(rest))
-    lines = ["usage: image-encoder-vit COMMAND ...", "", *(f"  {name:<10} {does}" for name, does in COMMANDS.items())]
-    if name in ("-h", "--help"):
-        print("\n".join(lines))
-        return 0
-    print(f"error: no command {name!r}\n" + "\n".join(lines), file=sys.stderr)
-    return 2
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        module = importlib.import_module(f".{arguments[0]}", __name__)
+        return int(module.main(arguments[1:]))
+    table = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {does}" for name, does in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="SAM's ViT image encoder, as DeepSeek-OCR uses it.",
+        epilog=f"commands:\n{table}\n\n{PROGRAM} COMMAND --help lists what a command takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.parse_args(arguments or ["--help"])
+    raise AssertionError("unreachable: the parser has shown help or an error")
+
+
+__all__ = ["COMMANDS", "main"]

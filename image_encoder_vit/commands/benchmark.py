@@ -25,13 +25,14 @@ import transformers
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.utils import logging
 
 from .. import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel
 from ..attention import resize_pos_embed, resize_rel_pos
 from ..runtimes.fixed_size import FixedSizeEncoder, export_program, without_exporters_warnings
 from ..runtimes.openvino import compile_for_openvino
 from ..weights.naming import TRANSFORMERS
+from .frame import run_command
+from .options import command_parser
 
 BASELINE = "transformers sdpa"
 OURS = "image-encoder-vit"
@@ -78,8 +79,10 @@ class Result(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
+    return run_command(compare, parse_arguments(argv), after_interrupt="what was printed stands")
+
+
+def compare(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     if arguments.measure_memory:
         print(measure_memory(arguments.measure_memory, arguments.cases[0], arguments.deepseek_file))
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmark", __doc__)
     parser.add_argument("--sizes", nargs="+", default=["1024x1024"], metavar="HxW", help="image sizes in px")
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
@@ -489,4 +492,4 @@ def case_megapixels(entry: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import save_file
-from tqdm import tqdm
-from transformers.utils import logging
 
 from ..corpora.pictures import page_beside_features
 from ..image_geometry import Region, Size
-from ..image_presets import PRESETS
 from ..image_processing_image_encoder_vit import open_image, to_rgb
 from ..storage.atomic_file import atomic_file
-from .loading import RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, load_model, load_processor
+from ..support import message_of
+from .frame import ERROR_LINES, progress_bar, run_command
+from .loading import RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, choose_device, load_model, load_processor
+from .options import DTYPES, add_option, check_output, command_parser
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
 MAX_PLOT_ROWS = 16
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Encoded(NamedTuple):
@@ -42,33 +40,33 @@ class Encoded(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        paths = find_images(arguments.images)
-        device = choose_device(arguments.device)
-        model = load_model(arguments.checkpoint, DTYPES[arguments.dtype] if arguments.dtype else None).to(device)
-        processor = load_processor(arguments.checkpoint, preset=arguments.preset)
-    except (OSError, ValueError) as error:
-        print(f"error: {first_lines(error)}", file=sys.stderr)
-        return 2
+    return run_command(encode, parse_arguments(argv), after_interrupt="nothing was written")
 
+
+def encode(arguments: argparse.Namespace) -> int:
+    for path in filter(None, (arguments.output, arguments.plot)):
+        check_output(path, arguments.overwrite)
+    paths = find_images(arguments.images)
+    device = choose_device(arguments.device)
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    model = load_model(arguments.checkpoint, dtype, arguments.revision).to(device)
+    processor = load_processor(arguments.checkpoint, arguments.revision, preset=arguments.preset)
     if arguments.checkpoint is None:
         print(RANDOM_WEIGHTS_NOTICE)
     print(f"{len(paths)} image(s), {model.dtype} on {device}".replace("torch.", ""))
     encoded: list[Encoded] = []
     failures = 0
-    with tqdm(paths, unit="image", file=sys.stderr) as progress:
-        for path in progress:
+    with progress_bar(len(paths), "image") as progress:
+        for path in paths:
             try:
                 result, report = encode_image(path, processor, model, do_pad=arguments.pad)
             except (OSError, ValueError) as error:
                 failures += 1
-                progress.write(f"{path}: skipped: {first_lines(error)}", file=sys.stderr)
-                continue
-            encoded.append(result)
-            progress.write(report)
+                progress.write(f"{path}: skipped: {message_of(error, ERROR_LINES)}", file=sys.stderr)
+            else:
+                encoded.append(result)
+                progress.write(report)
+            progress.update()
 
     if encoded:
         write_features(encoded, arguments.output, arguments.checkpoint)
@@ -82,23 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser("encode", __doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--checkpoint", help="model folder or Hub id; without it, random weights are used")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="where features go")
-    parser.add_argument("--device", default="auto", help='"auto" (default), "cpu", "cuda", "cuda:1", "mps", ...')
-    parser.add_argument("--dtype", choices=[*DTYPES], help="default: the checkpoint's, float32 for random weights")
-    parser.add_argument(
-        "--preset", choices=[*PRESETS], help="views of each image; gundam adds tiles (default: the checkpoint's)"
-    )
+    for name in ("--checkpoint", "--revision", "--device", "--dtype", "--preset"):
+        add_option(parser, name)
+    add_option(parser, "--output", metavar="FILE.safetensors", help="where features go")
+    add_option(parser, "--overwrite")
     parser.add_argument("--no-pad", dest="pad", action="store_false", help="keep the aspect ratio without padding")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw each page beside its features")
     return parser.parse_args(argv)
-
-
-def first_lines(error: BaseException, count: int = 4) -> str:
-    """The message of an error, cut to a few lines."""
-    return "\n".join(str(error).strip().splitlines()[:count])
 
 
 def find_images(arguments: Iterable[Path]) -> list[Path]:
@@ -118,16 +108,6 @@ def find_images(arguments: Iterable[Path]) -> list[Path]:
             raise ValueError(f"No image in folder {str(argument)!r}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}.")
         paths.update(dict.fromkeys(found))
     return list(paths)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; for "auto" the one Accelerate chooses, an accelerator before the CPU."""
-    if name == "auto":
-        return PartialState().device
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"Cannot use --device {name}: {first_lines(error, 1)}") from error
 
 
 @torch.inference_mode()
@@ -184,4 +164,4 @@ def draw(encoded: list[Encoded], stride: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

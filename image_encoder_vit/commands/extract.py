@@ -2,7 +2,7 @@
 Extracts the features of whole corpora: folders, PDFs, TIFF files, WebDataset tars, Parquet files and datasets.
 
 One process, or several on any number of machines that share the output folder: `accelerate launch --multi_gpu
---num_processes N scripts/extract_features.py ...`. After an interruption the same command goes on.
+--num_processes N -m image_encoder_vit.commands.extract ...`. After an interruption the same command goes on.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,8 +26,6 @@ import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers.utils import logging
 
 from ..corpora.extraction import (
     PreparedPage,
@@ -52,9 +50,11 @@ from ..corpora.store import (
     write_unit,
 )
 from ..storage.output_folder import discard, folder_lock
+from ..support import message_of
+from .frame import progress_bar, run_command
 from .loading import RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, load_model, load_processor
+from .options import DTYPES, add_option, command_parser
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORKERS_ON_CPU, WORKERS_ON_ACCELERATOR = 1, 4
 PAGES_AHEAD = 4  # By each worker.
 LOCK_WAIT_S = 15  # What is left of a killed run ends within seconds.
@@ -62,33 +62,24 @@ POLL_S = 0.5
 LONGEST_RUN = timedelta(days=30)  # The first process to finish waits for the others.
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if "LOCAL_RANK" in os.environ:  # Started as one of several.
         end_with(os.getppid())
-    try:
-        rejects = extract(arguments)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        print(f"error: {message_of(error).rstrip('.')}. The same command goes on from here.", file=sys.stderr)
-        return 2
-    return 1 if rejects and arguments.fail_on_rejects else 0
+    return run_command(extract, arguments, after_interrupt="the same command goes on from here")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_parser("extract", __doc__)
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="files, folders, glob patterns, dataset:HUB_ID_OR_FOLDER"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the features go")
-    parser.add_argument("--checkpoint", help="model folder or Hub id; without it, random weights are used")
-    parser.add_argument("--dtype", choices=[*DTYPES], help="of the model; default: the checkpoint's")
+    add_option(parser, "--output", metavar="DIR", help="where the features go")
+    for name in ("--checkpoint", "--revision", "--dtype"):
+        add_option(parser, name)
+    add_option(
+        parser, "--device", choices=["auto", "cpu"], help='"auto" (default: an accelerator for each process) or "cpu"'
+    )
     parser.add_argument("--feature-dtype", choices=[*DTYPES], default="bfloat16", help="default: bfloat16")
     parser.add_argument("--no-pad", dest="pad", action="store_false", help="keep the aspect ratio without padding")
     parser.add_argument("--dpi", type=positive(float), default=144.0, help="of rendered PDF pages (default: 144)")
@@ -103,7 +94,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=positive(int),
         help="processes that decode, for each that encodes (default: 1 on the CPU, else 4)",
     )
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is an accelerator")
     parser.add_argument("--fail-on-rejects", action="store_true", help="exit with status 1 if a page was rejected")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write speed, waiting and memory there")
     return parser.parse_args(argv)
@@ -122,25 +112,21 @@ def positive(kind: type) -> Any:
     return parse
 
 
-def message_of(error: BaseException, lines: int = 4) -> str:
-    """The message of an error, cut to a few lines."""
-    return "\n".join(str(error).strip().splitlines()[:lines])
-
-
 def extract(arguments: argparse.Namespace) -> int:
     """
-    Makes all features that are missing; returns how many pages were rejected.
+    Makes all features that are missing; the exit status, 1 if pages were rejected that must not be.
 
     Raises:
         OSError, ValueError, ImportError: With a message for the user.
     """
     accelerator = Accelerator(
-        cpu=arguments.cpu
+        cpu=arguments.device == "cpu"
         or not has_accelerator(),  # Accelerate would run several processes on CPUs as if each was alone.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_RUN)],
     )
     options = ReadOptions(arguments.dpi, arguments.image_column, arguments.split)
-    processor = load_processor(arguments.checkpoint, **({} if arguments.pad else {"do_pad": False}))
+    settings = {} if arguments.pad else {"do_pad": False}
+    processor = load_processor(arguments.checkpoint, arguments.revision, **settings)
     with ExitStack() as stack:
         plan_digest = from_main_process(accelerator, lambda: open_run(arguments, options, stack))
         plan = Plan(arguments.output, arguments.pages_per_shard)
@@ -149,16 +135,21 @@ def extract(arguments: argparse.Namespace) -> int:
         # Workers take seconds to start: they do while the model is loaded.
         pages = start_workers(units, PreparedPages(plan, processor, options), arguments, accelerator)
         dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-        model = load_model(arguments.checkpoint, dtype).to(accelerator.device)
+        model = load_model(arguments.checkpoint, dtype, arguments.revision).to(accelerator.device)
         manifest = manifest_of(arguments, processor, model, plan_digest, plan, accelerator)
         from_main_process(accelerator, lambda: check_manifest(arguments.output, manifest))
         if accelerator.is_main_process and arguments.checkpoint is None:
             print(RANDOM_WEIGHTS_NOTICE)
         run = Run(accelerator, arguments, plan, model, units)
-        run.encode(pages)
+        try:
+            run.encode(pages)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(f"{message_of(error).rstrip('.')}. The same command goes on from here.") from error
         rejects = from_main_process(accelerator, lambda: finish(run))
     accelerator.end_training()
-    return int(rejects)
+    return 1 if rejects and arguments.fail_on_rejects else 0
 
 
 def has_accelerator() -> bool:
@@ -294,9 +285,7 @@ class Run:
     progress: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.progress = tqdm(
-            total=self.plan.num_pages, unit="page", file=sys.stderr, disable=not self.accelerator.is_main_process
-        )
+        self.progress = progress_bar(self.plan.num_pages, "page", is_shown=self.accelerator.is_main_process)
         self.show_finished()
 
     def show_finished(self) -> None:
@@ -410,4 +399,4 @@ def finish(run: Run) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

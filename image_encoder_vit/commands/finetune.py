@@ -1,15 +1,14 @@
 """
 Fine-tunes the encoder with a classification head on a folder of images, one subfolder for each class.
 
-One process, or several: `accelerate launch scripts/finetune.py ...`.
+One process, or several: `accelerate launch -m image_encoder_vit.commands.finetune ...`.
 """
 
 import argparse
 import json
 import math
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Sampler
-from transformers.utils import logging
 
 from .. import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 from ..storage.output_folder import check_free, discard, publish, unfinished_folder, unfinished_path
@@ -30,7 +28,9 @@ from ..training.fine_tuning import (
     save_classifier,
     with_lora,
 )
+from .frame import run_command
 from .loading import load_model
+from .options import add_option, command_parser
 
 WARMUP_SHARE = 0.05
 MAX_GRADIENT_NORM = 1.0
@@ -43,23 +43,16 @@ RANDOM_WEIGHTS_NOTICE = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        finetune(arguments)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    after_interrupt = "with --save-every-steps, the same command and --resume goes on from the last state"
+    return run_command(finetune, parse_arguments(argv), after_interrupt=after_interrupt)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_parser("finetune", __doc__)
     parser.add_argument("images", type=Path, metavar="FOLDER", help="images, one subfolder for each class")
-    parser.add_argument("--checkpoint", help="model folder or Hub id; without it, random weights are trained")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the tuned encoder goes")
+    add_option(parser, "--checkpoint", help="where the encoder is; without it, random weights are trained")
+    add_option(parser, "--output", metavar="FOLDER", help="where the tuned encoder goes")
     parser.add_argument("--epochs", type=positive(float), default=3, help="passes over the images (default: 3)")
     parser.add_argument("--batch-size", type=positive(int), default=4, help="images a step and process (default: 4)")
     parser.add_argument("--learning-rate", type=positive(float), default=1e-4, help="at its peak (default: 1e-4)")
@@ -102,15 +95,7 @@ def not_negative(text: str) -> int:
     return number
 
 
-def message_of(error: BaseException, lines: int = 4) -> str:
-    """The message of an error, cut to a few lines; of one from a worker process, without its traceback."""
-    text = str(error).strip().splitlines()
-    if text and text[0].startswith("Caught "):
-        return text[-1].partition(": ")[2]
-    return "\n".join(text[:lines])
-
-
-def finetune(arguments: argparse.Namespace) -> None:
+def finetune(arguments: argparse.Namespace) -> int:
     """
     Trains and writes the output folder, which appears complete or not at all.
 
@@ -146,6 +131,7 @@ def finetune(arguments: argparse.Namespace) -> None:
             discard(folder)
             print(f"Wrote the encoder, its processor and the head to {arguments.output}")
         accelerator.wait_for_everyone()
+    return 0
 
 
 @contextmanager
@@ -336,4 +322,4 @@ class Training:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

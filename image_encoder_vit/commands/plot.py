@@ -4,13 +4,12 @@ of that cell goes, over the page.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers.utils import logging
 
 from ..corpora.pages import PageReader, ReadOptions, find_pages
 from ..corpora.pictures import (
@@ -24,7 +23,10 @@ from ..corpora.pictures import (
 )
 from ..corpora.pictures import similarity_to_cell as similarity
 from ..image_geometry import Region
-from .loading import RANDOM_WEIGHTS_NOTICE, load_model, load_processor
+from ..storage.atomic_file import atomic_file
+from .frame import run_command
+from .loading import RANDOM_WEIGHTS_NOTICE, choose_device, load_model, load_processor
+from .options import DTYPES, add_option, check_output, command_parser
 
 STAGE_COLUMNS, STAGE_WIDTH_PX = 6, 300
 PANEL_WIDTH_PX = 520
@@ -32,25 +34,19 @@ HEAD_COLUMNS, HEAD_WIDTH_PX = 7, 260
 BRIGHTEST_SHARE = 0.995  # Attention has few high values: the scale ends where all but these few lie.
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        draw(arguments)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(draw, parse_arguments(argv), after_interrupt="the pictures that are there are whole")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="INPUT", help="an image file, PDF, or anything extract_features.py takes")
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_parser("plot", __doc__)
+    parser.add_argument("input", metavar="INPUT", help="an image file, PDF, or anything that extract takes")
     parser.add_argument("--page", type=int, default=0, help="which page of the input, from 0 (default: 0)")
     parser.add_argument("--dpi", type=float, default=144.0, help="of a rendered PDF page (default: 144)")
-    parser.add_argument("--checkpoint", help="model folder or Hub id; without it, random weights are used")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the pictures go")
+    for name in ("--checkpoint", "--revision", "--device", "--dtype", "--preset"):
+        add_option(parser, name)
+    add_option(parser, "--output", metavar="DIR", help="where the pictures go")
+    add_option(parser, "--overwrite", help="replace pictures that are there")
     parser.add_argument(
         "--at", type=float, nargs=2, metavar=("X", "Y"), help="point of the page in px; default: its middle"
     )
@@ -58,20 +54,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def draw(arguments: argparse.Namespace) -> None:
+def draw(arguments: argparse.Namespace) -> int:
     """
     Writes stages.png, similarity.png and attention.png.
 
     Raises:
         OSError, ValueError, ImportError: With a message for the user.
     """
+    stages_file, similarity_file, attention_file = (
+        arguments.output / f"{name}.png" for name in ("stages", "similarity", "attention")
+    )
+    for path in (stages_file, similarity_file, attention_file):
+        check_output(path, arguments.overwrite)
     page = read_page(arguments)
-    model = load_model(arguments.checkpoint)
-    processor = load_processor(arguments.checkpoint)
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    model = load_model(arguments.checkpoint, dtype, arguments.revision).to(choose_device(arguments.device))
+    processor = load_processor(arguments.checkpoint, arguments.revision, preset=arguments.preset)
     if arguments.checkpoint is None:
         print(RANDOM_WEIGHTS_NOTICE)
     block = chosen_block(arguments.block, model)
-    inputs = processor(page, return_tensors="pt")
+    inputs = processor(page, return_tensors="pt").to(model.device)
     region: Region = tuple(inputs["valid_regions"][0].tolist())
     point = (arguments.at[1], arguments.at[0]) if arguments.at else (page.height / 2, page.width / 2)
     patch_px, stride = model.config.patch_size, model.encoder.stride
@@ -86,7 +88,7 @@ def draw(arguments: argparse.Namespace) -> None:
         shown = f"{name}: {features.shape[1]} x {features.shape[2]} cells, {features.shape[0]} channels"
         panels.append((shown, pca_over_page(features, region, canvas_px // features.shape[2])))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    save(sheet(panels, STAGE_COLUMNS, STAGE_WIDTH_PX), arguments.output / "stages.png")
+    save(sheet(panels, STAGE_COLUMNS, STAGE_WIDTH_PX), stages_file)
 
     last = list(stages)[-1]
     maps = {"neck": (patch, patch_px), last: (cell, stride)} if last != "neck" else {"neck": (patch, patch_px)}
@@ -96,7 +98,7 @@ def draw(arguments: argparse.Namespace) -> None:
         panel = heat_over_page(page, values, region, side, low=-0.2, high=1)
         mark_cell(panel, query, region, side)
         panels.append((f"{name}: similar to the framed cell", panel))
-    save(sheet([("page", small_page), *panels], 3, PANEL_WIDTH_PX), arguments.output / "similarity.png")
+    save(sheet([("page", small_page), *panels], 3, PANEL_WIDTH_PX), similarity_file)
 
     weights = attention_of_cell(model.encoder.blocks[block], block_input, patch)
     rows, columns = valid_cells(region, patch_px)
@@ -107,7 +109,8 @@ def draw(arguments: argparse.Namespace) -> None:
         panel = heat_over_page(page, values.sqrt(), region, patch_px, low=0, high=brightest**0.5)
         mark_cell(panel, patch, region, patch_px)
         panels.append((f"block {block}, {name}", panel))
-    save(sheet(panels, HEAD_COLUMNS, HEAD_WIDTH_PX), arguments.output / "attention.png")
+    save(sheet(panels, HEAD_COLUMNS, HEAD_WIDTH_PX), attention_file)
+    return 0
 
 
 def read_page(arguments: argparse.Namespace) -> Image.Image:
@@ -164,9 +167,10 @@ def run_stages(model: Any, pixel_values: torch.Tensor, block: int) -> tuple[dict
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    picture.save(path)
+    with atomic_file(path) as partial:
+        picture.save(partial, format="PNG")
     print(f"Drew {path}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

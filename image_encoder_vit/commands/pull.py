@@ -8,32 +8,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from transformers.utils import logging
-
-from ..weights.hub_repository import one_line
 from ..weights.pull import pull
+from .frame import run_command
+from .options import add_option, command_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
-    try:
-        pulled = pull(
-            arguments.source,
-            arguments.output_dir,
-            revision=arguments.revision,
-            token=arguments.token,
-            dtype=arguments.dtype,
-            full_download=arguments.full_download,
-            filename=arguments.filename,
-            prefix=arguments.prefix,
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
+    after_interrupt = "the same command goes on where it was"
+    return run_command(pull_encoder, parse_arguments(argv), after_interrupt=after_interrupt)
+
+
+def pull_encoder(arguments: argparse.Namespace) -> int:
+    pulled = pull(
+        arguments.source,
+        arguments.output_dir,
+        revision=arguments.revision,
+        token=arguments.token,
+        dtype=arguments.dtype,
+        full_download=arguments.full_download,
+        filename=arguments.filename,
+        prefix=arguments.prefix,
+    )
     for notice in pulled.notices:
         print(f"note: {notice}", file=sys.stderr)
     commit = f" at commit {pulled.commit}" if pulled.commit else ""
@@ -45,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser("pull", __doc__)
     parser.add_argument("source", help="Hub repository, local folder, or local file (.safetensors, .pth, .pt, .bin)")
     parser.add_argument("output_dir", help="folder to make; it must not exist")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository; default: main")
+    add_option(parser, "--revision")
     parser.add_argument(
         "--token", help="Hub token for private and gated repositories; better set HF_TOKEN, which no process list shows"
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the source's")
+    add_option(parser, "--dtype", help="of the weights; default: the source's")
     parser.add_argument(
         "--full-download", action="store_true", help="download whole files into the cache, not the encoder's part only"
     )
@@ -62,4 +57,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

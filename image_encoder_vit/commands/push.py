@@ -8,38 +8,33 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from transformers.utils import logging
-
 from ..weights.export import export_weights
-from ..weights.hub_repository import one_line
 from ..weights.layouts import EXPORT_LAYOUTS
 from ..weights.push import Pushed, push
+from .frame import run_command
+from .options import add_option, command_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
-    try:
-        if arguments.export_to is not None:
-            names = export_weights(arguments.model_dir, arguments.export_to, arguments.layout)
-            print(f"Wrote {len(names)} tensors in the layout {arguments.layout} to {arguments.export_to}")
-            return 0
-        pushed = push(
-            arguments.model_dir,
-            arguments.repo_id,
-            private=arguments.private or None,
-            revision=arguments.revision,
-            create_pr=arguments.create_pr,
-            dry_run=arguments.dry_run,
-            layout=arguments.layout,
-            token=arguments.token,
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command can be given again", file=sys.stderr)
-        return 130
+    after_interrupt = "the same command can be given again"
+    return run_command(push_encoder, parse_arguments(argv), after_interrupt=after_interrupt)
+
+
+def push_encoder(arguments: argparse.Namespace) -> int:
+    if arguments.export_to is not None:
+        names = export_weights(arguments.model_dir, arguments.export_to, arguments.layout)
+        print(f"Wrote {len(names)} tensors in the layout {arguments.layout} to {arguments.export_to}")
+        return 0
+    pushed = push(
+        arguments.model_dir,
+        arguments.repo_id,
+        private=arguments.private or None,
+        revision=arguments.revision,
+        create_pr=arguments.create_pr,
+        dry_run=arguments.dry_run,
+        layout=arguments.layout,
+        token=arguments.token,
+    )
     report(pushed, arguments.dry_run)
     return 0
 
@@ -60,11 +55,11 @@ def report(pushed: Pushed, is_dry_run: bool) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_dir", help="folder that pull_from_hub.py or save_pretrained wrote")
+    parser = command_parser("push", __doc__)
+    parser.add_argument("model_dir", help="folder that pull or save_pretrained wrote")
     parser.add_argument("repo_id", nargs="?", help="repository to publish to, made where it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to commit to, made where it does not exist; default: main")
+    add_option(parser, "--revision", help="branch to commit to, made where it does not exist; default: main")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--dry-run", action="store_true", help="check, and show files and card; touches no network")
     parser.add_argument("--layout", choices=EXPORT_LAYOUTS, help="the weights alone, under another family's names")
@@ -79,4 +74,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

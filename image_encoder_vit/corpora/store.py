@@ -261,7 +261,7 @@ def merge(folder: Path, num_units: int) -> tuple[int, int]:
 
 class FeatureStore:
     """
-    The features that scripts/extract_features.py has written, by the id of their page, "source#page":
+    The features that `image-encoder-vit extract` has written, by the id of their page, "source#page":
     `store["scan.pdf#2"]` is a tensor (C, h, w), read from the disk when asked for. `len`, `in` and iteration are over
     ids, in the order of the corpus. It can be given to worker processes.
 
