@@ -27,7 +27,6 @@ import pyarrow.compute as compute
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-from transformers.utils import logging
 
 from ..corpora.pages import Page, PageReader, ReadOptions, find_pages
 from ..corpora.pictures import sheet
@@ -36,39 +35,35 @@ from ..corpora.search import search as search_store
 from ..corpora.store import PLAN_FILE, WORK, FeatureStore, Plan
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
 from ..storage.atomic_file import atomic_file
-from .extract import DTYPES, digest_of, positive
-from .loading import RANDOM_SEED, load_model
+from .extract import digest_of, positive
+from .frame import run_command
+from .loading import RANDOM_SEED, choose_device, load_model
+from .options import DTYPES, add_option, check_output, command_parser
 
 FRAME_COLOR, MISSING_COLOR = (230, 30, 90), (225, 225, 228)
 SHEET_COLUMNS, PANEL_PX = 6, 320
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        store = FeatureStore(arguments.features)
-        query, page = read_query(store, arguments)
-        mode = arguments.by or (RERANKED if arguments.region is None else LATE)
-        hits = search_store(
-            store, query, mode=mode, top=arguments.top, shortlist=arguments.shortlist, track=with_progress
-        )
-        if arguments.plot:
-            with atomic_file(arguments.plot) as partial:
-                draw(store, arguments, page, hits).save(partial, format_of(arguments.plot))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    return run_command(search, parse_arguments(argv), after_interrupt="the store is as it was")
+
+
+def search(arguments: argparse.Namespace) -> int:
+    if arguments.plot:
+        check_output(arguments.plot, arguments.overwrite)
+    store = FeatureStore(arguments.features)
+    query, page = read_query(store, arguments)
+    mode = arguments.by or (RERANKED if arguments.region is None else LATE)
+    hits = search_store(store, query, mode=mode, top=arguments.top, shortlist=arguments.shortlist, track=with_progress)
+    if arguments.plot:
+        with atomic_file(arguments.plot) as partial:
+            draw(store, arguments, page, hits).save(partial, format_of(arguments.plot))
     print(as_json(store, arguments.query, mode, hits) if arguments.json else as_table(hits))
     return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("search", __doc__)
     parser.add_argument("features", metavar="FEATURES", help="folder that extract wrote")
     parser.add_argument("query", metavar="QUERY", help="id of a page of FEATURES, or an image file or PDF")
     parser.add_argument("--page", type=int, default=0, help="which page of a file, from 0 (default: 0)")
@@ -87,8 +82,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help=f"pages that 'reranked' looks at closely (default: {SHORTLIST_PAGES})",
     )
-    parser.add_argument("--checkpoint", help="model that encodes QUERY; default: the one that the store names")
+    add_option(parser, "--checkpoint", help="model that encodes QUERY; default: the one that the store names")
+    for name in ("--revision", "--device"):
+        add_option(parser, name)
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the query and the hits, framed")
+    add_option(parser, "--overwrite", help="replace the picture of --plot")
     parser.add_argument("--json", action="store_true", help="print the hits as JSON")
     return parser.parse_args(argv)
 
@@ -117,7 +115,8 @@ def read_query(store: FeatureStore, arguments: argparse.Namespace) -> tuple[Quer
     if arguments.query in store:
         return query_of_page(store, arguments.query, arguments.region), None
     image = read_image(store, arguments.query, arguments.page)
-    model, processor = load_encoder(store, arguments.checkpoint)
+    model, processor = load_encoder(store, arguments.checkpoint, arguments.revision)
+    model = model.to(choose_device(arguments.device))
     return query_of_map(encode(image, model, processor, feature_dtype(store)), arguments.region), image
 
 
@@ -146,7 +145,7 @@ def feature_dtype(store: FeatureStore) -> torch.dtype:
     return DTYPES[settings_of(store).get("feature_dtype", "float32")]
 
 
-def load_encoder(store: FeatureStore, checkpoint: str | None) -> tuple[Any, Any]:
+def load_encoder(store: FeatureStore, checkpoint: str | None, revision: str | None = None) -> tuple[Any, Any]:
     """
     The model that made the store, from where its manifest says or from `checkpoint`, and the processor.
 
@@ -159,7 +158,8 @@ def load_encoder(store: FeatureStore, checkpoint: str | None) -> tuple[Any, Any]
         raise ValueError(f"The manifest of {str(store.folder)!r} does not say which model made it: extract it again.")
     wanted = checkpoint or named
     try:
-        model = load_model(None if wanted == f"random weights, seed {RANDOM_SEED}" else wanted, DTYPES[dtype])
+        is_random = wanted == f"random weights, seed {RANDOM_SEED}"
+        model = load_model(None if is_random else wanted, DTYPES[dtype], revision)
     except (OSError, ValueError) as error:
         if checkpoint is not None:
             raise
@@ -178,9 +178,9 @@ def load_encoder(store: FeatureStore, checkpoint: str | None) -> tuple[Any, Any]
 @torch.inference_mode()
 def encode(image: Image.Image, model: Any, processor: Any, dtype: torch.dtype) -> Any:
     """The feature map of an image as the store would hold it, rounded to `dtype` as there."""
-    inputs = processor(image, return_tensors="pt")
+    inputs = processor(image, return_tensors="pt").to(model.device)
     outputs = model(**inputs)
-    outputs.last_hidden_state = outputs.last_hidden_state.to(dtype)
+    outputs.last_hidden_state = outputs.last_hidden_state.to("cpu", dtype)
     return processor.post_process_feature_maps(outputs, inputs, stride=model.encoder.stride)[0].global_map
 
 
@@ -276,4 +276,4 @@ def format_of(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
