@@ -89,10 +89,11 @@ def test_scripts_are_four_lines_around_the_command(name: str, script: str) -> No
 def test_every_way_to_start_it_reaches_the_same_command(tmp_path: Path) -> None:
     """The installed program and `-m`, from a folder where no checkout lies."""
     program = Path(sys.executable).with_name("image-encoder-vit")
+    module = [sys.executable, "-m"]
     ways = [
         [str(program), "encode"],
-        ["-m", "image_encoder_vit", "encode"],
-        ["-m", "image_encoder_vit.commands.encode"],
+        [*module, "image_encoder_vit", "encode"],
+        [*module, "image_encoder_vit.commands.encode"],
     ]
     command = [str(tmp_path / "absent"), "--output", "features", "--device", "warp9"]
     running = [

@@ -254,7 +254,7 @@ def features(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for number in range(10):
         draw_page(folder / "pages" / f"{number}.png", number)
     extract_arguments = [str(folder / "pages"), "--output", str(folder / "features"), "--checkpoint", model_folder]
-    assert extract.main([*extract_arguments, "--cpu", "--pages-per-shard", "4"]) == 0
+    assert extract.main([*extract_arguments, "--device", "cpu", "--pages-per-shard", "4"]) == 0
     return folder / "features"
 
 
