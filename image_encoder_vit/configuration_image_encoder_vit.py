@@ -1,8 +1,9 @@
 """Configuration of the SAM-ViT image encoder. By default SAM-B with DeepSeek-OCR's two convolutions."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -39,8 +40,70 @@ TRANSFORMERS_KEYWORDS = frozenset(
 BACKBONE_KEYWORDS = ("out_features", "out_indices")
 
 
+class KnownKeywordsConfig(PreTrainedConfig):
+    """
+    A configuration that refuses keywords which neither it nor transformers knows: transformers turns each of them into
+    an attribute, so that a misspelt one would change nothing and say nothing.
+    """
+
+    # Keywords beyond the dataclass fields.
+    _extra_keywords: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def _check_keywords(cls, keywords: Mapping[str, Any]) -> None:
+        for keyword, value in keywords.items():
+            if not cls._is_known(keyword):
+                raise ValueError(cls._describe_unknown(keyword, value))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        Builds the configuration from the content of a config.json. Keys from newer libraries are left out with a
+        warning instead of an error, so that a model saved by a later transformers still loads; near misses of our own
+        names stay an error.
+        """
+        known = {}
+        for key, value in config_dict.items():
+            if cls._is_known(key) or cls._closest_keyword(key) is not None:
+                known[key] = value
+            else:
+                logger.warning("Ignoring %r in the configuration: unknown to this version of %s.", key, cls.__name__)
+        return super().from_dict(known, **kwargs)
+
+    @classmethod
+    def _known_keywords(cls) -> set[str]:
+        return (
+            {field.name for field in fields(cls)}
+            | set(cls.attribute_map)
+            | {*cls._extra_keywords}
+            | TRANSFORMERS_KEYWORDS
+        )
+
+    @classmethod
+    def _is_known(cls, keyword: str) -> bool:
+        return keyword in cls._known_keywords()
+
+    @classmethod
+    def _closest_keyword(cls, keyword: str) -> str | None:
+        # "out_features" resembles any name with "feature" in it, such as a newer library's.
+        candidates = sorted(cls._known_keywords() - {*cls._extra_keywords})
+        matches = difflib.get_close_matches(keyword, candidates, n=1, cutoff=0.75)
+        return matches[0] if matches else None
+
+    @classmethod
+    def _describe_unknown(cls, keyword: str, value: Any) -> str:
+        closest = cls._closest_keyword(keyword)
+        hint = f"Did you mean {closest!r}?" if closest else f"Known: {', '.join(sorted(cls._own_keywords()))}."
+        return f"{cls.__name__} has no keyword {keyword!r} (got {keyword}={value!r}). {hint}"
+
+    @classmethod
+    def _own_keywords(cls) -> set[str]:
+        own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        return own | set(cls.attribute_map) | {*cls._extra_keywords}
+
+
 @strict
-class ImageEncoderViTConfig(BackboneConfigMixin, PreTrainedConfig):
+class ImageEncoderViTConfig(BackboneConfigMixin, KnownKeywordsConfig):
     r"""
     Shape of an [`ImageEncoderViTModel`]. The names published with the encoder are accepted for the same fields:
     `embed_dim`, `depth`, `num_heads`, `in_chans`, `img_size`, `out_chans`.
@@ -72,6 +135,7 @@ class ImageEncoderViTConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "image_encoder_vit"
+    _extra_keywords = BACKBONE_KEYWORDS
     attribute_map = {
         "embed_dim": "hidden_size",
         "depth": "num_hidden_layers",
@@ -98,11 +162,7 @@ class ImageEncoderViTConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # transformers turns every keyword it does not know into an attribute, so a misspelt one would change nothing
-        # and say nothing.
-        for keyword in kwargs:
-            if not self._is_known(keyword):
-                raise ValueError(self._describe_unknown(keyword, kwargs[keyword]))
+        self._check_keywords(kwargs)
         self.set_output_features_output_indices(*(kwargs.pop(keyword, None) for keyword in BACKBONE_KEYWORDS))
         # JSON knows no tuples: lists keep a config equal to itself after a round trip.
         self.global_attn_indexes = list(self.global_attn_indexes)
@@ -162,21 +222,6 @@ class ImageEncoderViTConfig(BackboneConfigMixin, PreTrainedConfig):
         chosen = self._out_features is not None
         return {name: value for name, value in values.items() if chosen or name not in BACKBONE_KEYWORDS}
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """
-        Builds the configuration from the content of a config.json. Keys from newer libraries are left out with a
-        warning instead of an error, so that a model saved by a later transformers still loads; near misses of our own
-        names stay an error.
-        """
-        known = {}
-        for key, value in config_dict.items():
-            if cls._is_known(key) or cls._closest_keyword(key) is not None:
-                known[key] = value
-            else:
-                logger.warning("Ignoring %r in the configuration: unknown to this version of %s.", key, cls.__name__)
-        return super().from_dict(known, **kwargs)
-
     def validate_architecture(self) -> None:
         """Part of the `@strict` validation: the numbers must describe an encoder, or the error names the one."""
         sizes = {
@@ -215,37 +260,6 @@ class ImageEncoderViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if len(set(indexes)) != len(indexes):
             raise ValueError(f"global_attn_indexes names a block twice: {indexes}.")
-
-    @classmethod
-    def _known_keywords(cls) -> set[str]:
-        return (
-            {field.name for field in fields(cls)}
-            | set(cls.attribute_map)
-            | {*BACKBONE_KEYWORDS}
-            | TRANSFORMERS_KEYWORDS
-        )
-
-    @classmethod
-    def _is_known(cls, keyword: str) -> bool:
-        return keyword in cls._known_keywords()
-
-    @classmethod
-    def _closest_keyword(cls, keyword: str) -> str | None:
-        # "out_features" resembles any name with "feature" in it, such as a newer library's.
-        candidates = sorted(cls._known_keywords() - {*BACKBONE_KEYWORDS})
-        matches = difflib.get_close_matches(keyword, candidates, n=1, cutoff=0.75)
-        return matches[0] if matches else None
-
-    @classmethod
-    def _describe_unknown(cls, keyword: str, value: Any) -> str:
-        closest = cls._closest_keyword(keyword)
-        hint = f"Did you mean {closest!r}?" if closest else f"Known: {', '.join(sorted(cls._own_keywords()))}."
-        return f"{cls.__name__} has no keyword {keyword!r} (got {keyword}={value!r}). {hint}"
-
-    @classmethod
-    def _own_keywords(cls) -> set[str]:
-        own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-        return own | set(cls.attribute_map) | {*BACKBONE_KEYWORDS}
 
 
 def checked_config(**fields: Any) -> ImageEncoderViTConfig:

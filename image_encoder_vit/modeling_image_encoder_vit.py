@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -417,49 +417,20 @@ class ImageEncoderViTModelOutput(ModelOutput):
     local_feature_maps: tuple[Tensor | None, ...] | None = None
 
 
-class ImageEncoderViTPreTrainedModel(PreTrainedModel):
+class StrictPreTrainedModel(PreTrainedModel):
     """
-    What the model, the classifier and the backbone share: one encoder, its initialisation, and strict loading.
-
-    The weights carry the published names below the one prefix `encoder.`; state dicts without the prefix load too. So
-    a folder saved by one class loads into the others: the head of a classifier is left out, or made anew.
+    What all models with this encoder share: strict loading, attention chosen in each forward pass, and saved code that
+    names its classes.
     """
 
-    config: ImageEncoderViTConfig
-    config_class = ImageEncoderViTConfig
-    base_model_prefix = "encoder"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    # The bias depends on the query, which no flash attention kernel takes.
-    _supports_flash_attn = False
-    _no_split_modules = ["ImageEncoderViTBlock"]
-    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(HEAD_PREFIX)}"]
-    _can_record_outputs = {
-        "hidden_states": OutputRecorder(ImageEncoderViTBlock, index=0),
-        "attentions": OutputRecorder(ImageEncoderViTAttention, index=1),
-    }
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.patch_embed
+    # Which classes of the saved code the Auto classes load, as "module.Class".
+    _auto_classes: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers guesses this from the source: it looks for its own attention interface, which has no room for a
         # bias made chunk by chunk. Ours is chosen in each forward pass, so it can be set at any time.
         return True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        # Random rather than zero positions, as ViTDet starts from: zeros would hide a mistake in their handling.
-        if isinstance(module, ImageEncoderViT) and module.pos_embed is not None:
-            init.trunc_normal_(module.pos_embed, std=self.config.initializer_range)
-        elif isinstance(module, ImageEncoderViTAttention) and module.use_rel_pos:
-            init.trunc_normal_(module.rel_pos_h, std=self.config.initializer_range)
-            init.trunc_normal_(module.rel_pos_w, std=self.config.initializer_range)
 
     @classmethod
     def from_pretrained(
@@ -497,15 +468,14 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
             mismatched=[] if allows_mismatches else sorted(info["mismatched_keys"]),
         )
         if any(misfit):
-            raise ValueError(describe_misfit(str(pretrained_model_name_or_path), misfit))
+            hint = cls._explain_unexpected(misfit.unexpected)
+            raise ValueError(describe_misfit(str(pretrained_model_name_or_path), misfit, hint))
         return (model, info) if wants_info else model
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state dict with or without the `encoder.` prefix; otherwise as `nn.Module.load_state_dict`."""
-        prefix = f"{self.base_model_prefix}."
-        if not any(name.startswith(prefix) for name in state_dict):
-            state_dict = {prefix + name: value for name, value in state_dict.items()}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+    @classmethod
+    def _explain_unexpected(cls, names: list[str]) -> str | None:
+        """A sentence for the error message where the names of unexpected weights tell what the checkpoint is."""
+        return None
 
     def _attention_of_call(self, pixel_values: Tensor, options: Mapping[str, Any]) -> str:
         """The attention implementation for a forward pass with these options."""
@@ -528,20 +498,83 @@ class ImageEncoderViTPreTrainedModel(PreTrainedModel):
         classes for all of the Auto classes alike, whichever of them is saved.
         """
         if self._auto_class is not None:
-            name_auto_classes(self.config)
+            name_auto_classes(self.config, type(self))
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def name_auto_classes(config: ImageEncoderViTConfig) -> None:
+def name_auto_classes(config: PreTrainedConfig, model_class: type[StrictPreTrainedModel]) -> None:
     """Writes into the configuration which classes of the saved code the Auto classes load."""
-    module = __name__.rpartition(".")[2]
-    classes = {
-        "AutoModel": "ImageEncoderViTModel",
-        "AutoModelForImageClassification": "ImageEncoderViTForImageClassification",
-        "AutoBackbone": "ImageEncoderViTBackbone",
-    }
     known = getattr(config, "auto_map", None) or {}
-    config.auto_map = known | {auto: f"{module}.{name}" for auto, name in classes.items()}
+    config.auto_map = known | model_class._auto_classes
+
+
+def init_encoder_positions(module: nn.Module, std: float) -> None:
+    """
+    Initialises the encoder's own parameters: random rather than zero positions, as ViTDet starts from, since zeros
+    would hide a mistake in their handling.
+    """
+    if isinstance(module, ImageEncoderViT) and module.pos_embed is not None:
+        init.trunc_normal_(module.pos_embed, std=std)
+    elif isinstance(module, ImageEncoderViTAttention) and module.use_rel_pos:
+        init.trunc_normal_(module.rel_pos_h, std=std)
+        init.trunc_normal_(module.rel_pos_w, std=std)
+
+
+class ImageEncoderViTPreTrainedModel(StrictPreTrainedModel):
+    """
+    What the model, the classifier and the backbone share: one encoder, its initialisation, and strict loading.
+
+    The weights carry the published names below the one prefix `encoder.`; state dicts without the prefix load too. So
+    a folder saved by one class loads into the others: the head of a classifier is left out, or made anew.
+    """
+
+    config: ImageEncoderViTConfig
+    config_class = ImageEncoderViTConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    # The bias depends on the query, which no flash attention kernel takes.
+    _supports_flash_attn = False
+    _no_split_modules = ["ImageEncoderViTBlock"]
+    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(HEAD_PREFIX)}"]
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(ImageEncoderViTBlock, index=0),
+        "attentions": OutputRecorder(ImageEncoderViTAttention, index=1),
+    }
+    _auto_classes = {
+        "AutoModel": "modeling_image_encoder_vit.ImageEncoderViTModel",
+        "AutoModelForImageClassification": "modeling_image_encoder_vit.ImageEncoderViTForImageClassification",
+        "AutoBackbone": "modeling_image_encoder_vit.ImageEncoderViTBackbone",
+    }
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.patch_embed
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_encoder_positions(module, self.config.initializer_range)
+
+    @classmethod
+    def _explain_unexpected(cls, names: list[str]) -> str | None:
+        patch_embed = "patch_embed.proj.weight"
+        prefixes = [name.removesuffix(patch_embed) for name in names if name.endswith("." + patch_embed)]
+        if not prefixes:
+            return None
+        return (
+            f"It holds an encoder under {' and '.join(map(repr, prefixes))}: load it with "
+            f'key_mapping={{r"^{re.escape(prefixes[0])}": "encoder."}}, or extract those weights.'
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dict with or without the `encoder.` prefix; otherwise as `nn.Module.load_state_dict`."""
+        prefix = f"{self.base_model_prefix}."
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict = {prefix + name: value for name, value in state_dict.items()}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 class ImageEncoderViTModel(ImageEncoderViTPreTrainedModel):
@@ -782,7 +815,7 @@ class Misfit(NamedTuple):
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 
-def describe_misfit(source: str, misfit: Misfit) -> str:
+def describe_misfit(source: str, misfit: Misfit, hint: str | None = None) -> str:
     """The error message for a checkpoint `source` whose weights are not exactly the encoder's."""
     shapes = [f"{name} {tuple(theirs)} instead of {tuple(ours)}" for name, theirs, ours in misfit.mismatched]
     lines = [f"The checkpoint {source!r} does not fit this encoder."]
@@ -790,13 +823,8 @@ def describe_misfit(source: str, misfit: Misfit) -> str:
         if entries:
             more = f", and {len(entries) - MAX_NAMES_IN_ERROR} more" if len(entries) > MAX_NAMES_IN_ERROR else ""
             lines.append(f"{what} weights ({len(entries)}): {', '.join(entries[:MAX_NAMES_IN_ERROR])}{more}.")
-    patch_embed = "patch_embed.proj.weight"
-    prefixes = [name.removesuffix(patch_embed) for name in misfit.unexpected if name.endswith("." + patch_embed)]
-    if prefixes:
-        lines.append(
-            f"It holds an encoder under {' and '.join(map(repr, prefixes))}: load it with "
-            f'key_mapping={{r"^{re.escape(prefixes[0])}": "encoder."}}, or extract those weights.'
-        )
+    if hint:
+        lines.append(hint)
     lines.append(
         "strict=False loads what fits and leaves the rest newly initialised; ignore_mismatched_sizes=True allows "
         "other shapes."

@@ -76,7 +76,7 @@ def write_settings(opened: OpenedCheckpoint, folder: Path, dtype: torch.dtype) -
     with torch.device("meta"):
         model = kind.model(config)
     if model._auto_class is not None:
-        name_auto_classes(config)
+        name_auto_classes(config, type(model))
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     processor, notices = _image_processor(opened)
