@@ -32,9 +32,9 @@ class DeepEncoderConfig(KnownKeywordsConfig):
     """
 
     model_type = "deep_encoder"
-    sub_configs = {"sam_config": ImageEncoderViTConfig}
     attribute_map = {"hidden_size": "projection_size"}
 
+    # None of transformers' `sub_configs`: those have a transformers model each, and settings of their own.
     sam_config: Any = None
     clip_num_hidden_layers: int = 24
     clip_num_attention_heads: int = 16

@@ -61,7 +61,16 @@ class KnownKeywordsConfig(PreTrainedConfig):
         Builds the configuration from the content of a config.json. Keys from newer libraries are left out with a
         warning instead of an error, so that a model saved by a later transformers still loads; near misses of our own
         names stay an error.
+
+        Raises:
+            ValueError: If it is the configuration of another model.
         """
+        theirs = config_dict.get("model_type", cls.model_type)
+        if theirs != cls.model_type:
+            raise ValueError(
+                f"This is a configuration of model_type {theirs!r}, not {cls.model_type!r}: AutoModel and AutoConfig "
+                "load it with the class that it belongs to."
+            )
         known = {}
         for key, value in config_dict.items():
             if cls._is_known(key) or cls._closest_keyword(key) is not None:

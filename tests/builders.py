@@ -18,6 +18,7 @@ REMOTE_CODE = {
     "image_processing_image_encoder_vit.py",
     "modeling_image_encoder_vit.py",
 }
+DEEP_ENCODER_CODE = REMOTE_CODE | {"configuration_deep_encoder.py", "modeling_deep_encoder.py"}
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -29,7 +30,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "rel_pos" in name or "pos_embed" in name:
+            if "rel_pos" in name or "pos_embed" in name or "position_embedding" in name:
                 value = 0.5 * noise
             elif parameter.ndim == 1 and name.endswith("weight"):
                 value = 1 + 0.2 * noise

@@ -20,20 +20,22 @@ SMALL_CLIP = {
 
 
 def small_deep_config(sam_changes: dict[str, object] | None = None, **changes: object) -> DeepEncoderConfig:
-    return DeepEncoderConfig(sam_config=ImageEncoderViTConfig(**{**SMALL, **(sam_changes or {})}), **SMALL_CLIP | changes)
+    return DeepEncoderConfig(
+        sam_config=ImageEncoderViTConfig(**{**SMALL, **(sam_changes or {})}), **SMALL_CLIP | changes
+    )
 
 
 def small_deep_encoder(
     seed: int = 0, sam_changes: dict[str, object] | None = None, **changes: object
 ) -> DeepEncoderModel:
-    """A small random model in eval mode; `changes` go to its configuration, `sam_changes` to that of its SAM encoder."""
+    """A small random model in eval mode; `sam_changes` go to the configuration of its SAM encoder."""
     return randomize(DeepEncoderModel(small_deep_config(sam_changes, **changes)), seed).eval()
 
 
 def unlimited_ocr(model: DeepEncoderModel, **text: object) -> nn.Module:
     """
-    transformers' whole Unlimited-OCR with the weights of `model` in its vision side and a small random decoder, whose
-    settings `text` changes; skips where transformers is too old to have it.
+    The whole Unlimited-OCR of transformers, with the weights of `model` on its vision side and a small random decoder,
+    whose settings `text` changes; skips where transformers is too old to have it.
     """
     try:
         from transformers.models.unlimited_ocr import configuration_unlimited_ocr as configurations
@@ -75,7 +77,9 @@ def unlimited_ocr(model: DeepEncoderModel, **text: object) -> nn.Module:
     )
     native = randomize(models.UnlimitedOcrForConditionalGeneration(whole), seed=1).eval()
     named = {f"model.{name}": value for name, value in unlimited_ocr_weights(model).items()}
-    rest = {name: value for name, value in native.state_dict().items() if ".language_model." in name or "lm_head" in name}
+    rest = {
+        name: value for name, value in native.state_dict().items() if ".language_model." in name or "lm_head" in name
+    }
     native.load_state_dict(named | rest)
     return native
 

@@ -1,8 +1,9 @@
 """
-The encoder once more, slow and obvious: loops over pixels, windows, heads, queries and keys, in float64.
+The encoder once more, slow and obvious: loops over pixels, windows, heads, queries and keys, in float64. And the rest
+of the DeepEncoder likewise: CLIP's tower, the projector and the layout of the tokens.
 
-Written from the papers (Segment Anything, MViTv2, ViTDet), independent of the package's code. One image at a time,
-channels last: (H, W, C).
+Written from the papers (Segment Anything, MViTv2, ViTDet, CLIP, DeepSeek-OCR), independent of the package's code. One
+image at a time, channels last: (H, W, C).
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-6
+CLIP_EPS = 1e-5
 
 
 def patch_embed(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -67,11 +69,11 @@ def offset_vector(table: Tensor, length: int, offset: int) -> Tensor:
     return table[low] + (at - low) * (table[high] - table[low])
 
 
-def layer_norm(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def layer_norm(values: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
     """Over the last dimension."""
     centered = values - values.mean(dim=-1, keepdim=True)
     variance = (centered**2).mean(dim=-1, keepdim=True)
-    return centered / torch.sqrt(variance + EPS) * weight + bias
+    return centered / torch.sqrt(variance + eps) * weight + bias
 
 
 def attention(grid: Tensor, weights: dict[str, Tensor], heads: int) -> Tensor:
@@ -169,3 +171,75 @@ def encode(
             grid = convolve(grid, weights[f"{name}.weight"], stride=2)
             stages[name] = grid
     return stages
+
+
+def clip_positions(table: Tensor, height: int, width: int) -> Tensor:
+    """The positions (1 + height * width, C) of the class token and, row by row, of a grid, from CLIP's table."""
+    side = math.isqrt(table.shape[0] - 1)
+    grid = table[1:].reshape(side, side, -1)
+    by_row = resize_axis(grid, height)
+    resized = resize_axis(by_row.transpose(0, 1), width).transpose(0, 1)
+    return torch.cat([table[:1], resized.reshape(height * width, -1)])
+
+
+def clip_attention(tokens: Tensor, weights: dict[str, Tensor], heads: int) -> Tensor:
+    """Every token (Q, C) with every other, head by head."""
+    count, channels = tokens.shape
+    dim = channels // heads
+    query, key, value = (
+        (tokens @ weight.T + bias).reshape(count, heads, dim)
+        for weight, bias in zip(weights["qkv_proj.weight"].chunk(3), weights["qkv_proj.bias"].chunk(3), strict=True)
+    )
+    attended = torch.zeros(count, heads, dim, dtype=tokens.dtype)
+    for head in range(heads):
+        for at in range(count):
+            logits = torch.stack([query[at, head] @ key[other, head] / math.sqrt(dim) for other in range(count)])
+            attended[at, head] = torch.softmax(logits, dim=0) @ value[:, head]
+    return attended.reshape(count, channels) @ weights["out_proj.weight"].T + weights["out_proj.bias"]
+
+
+def clip_block(tokens: Tensor, weights: dict[str, Tensor], heads: int) -> Tensor:
+    attn = {name.removeprefix("self_attn."): value for name, value in weights.items() if name.startswith("self_attn.")}
+    normed = layer_norm(tokens, weights["layer_norm1.weight"], weights["layer_norm1.bias"], CLIP_EPS)
+    tokens = tokens + clip_attention(normed, attn, heads)
+    normed = layer_norm(tokens, weights["layer_norm2.weight"], weights["layer_norm2.bias"], CLIP_EPS)
+    hidden = normed @ weights["mlp.fc1.weight"].T + weights["mlp.fc1.bias"]
+    hidden = hidden / (1 + torch.exp(-1.702 * hidden))
+    return tokens + hidden @ weights["mlp.fc2.weight"].T + weights["mlp.fc2.bias"]
+
+
+def clip(features: Tensor, weights: dict[str, Tensor], heads: int) -> list[Tensor]:
+    """CLIP's tower on SAM's last map (h, w, C): the tokens (1 + h * w, C) after the first norm and after each block."""
+    height, width, channels = features.shape
+    tokens = torch.cat([weights["embeddings.class_embedding"][None], features.reshape(height * width, channels)])
+    tokens = tokens + clip_positions(weights["embeddings.position_embedding.weight"], height, width)
+    states = [layer_norm(tokens, weights["pre_layrnorm.weight"], weights["pre_layrnorm.bias"], CLIP_EPS)]
+    depth = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("transformer.layers."))
+    for index in range(depth):
+        prefix = f"transformer.layers.{index}."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        states.append(clip_block(states[-1], own, heads))
+    return states
+
+
+def project(features: Tensor, clip_tokens: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """Cells (h, w, D) from SAM's map (h, w, C) and CLIP's tokens, class token first: CLIP's channels before SAM's."""
+    height, width, channels = features.shape
+    both = torch.cat([clip_tokens[1:].reshape(height, width, channels), features], dim=2)
+    return both @ weights["projector.layers.weight"].T + weights["projector.layers.bias"]
+
+
+def token_sequence(view: Tensor, tiles: list[list[Tensor]], newline: Tensor, separator: Tensor) -> Tensor:
+    """
+    What the decoder reads: the cells (h, w, D) of the tiles, which lie in rows of tiles, line by line across all tiles
+    of a row; those of the whole view line by line; a newline after each line and the separator at the end.
+    """
+    tokens = []
+    for row_of_tiles in tiles:
+        for line in range(row_of_tiles[0].shape[0]):
+            for tile in row_of_tiles:
+                tokens += list(tile[line])
+            tokens.append(newline)
+    for line in view:
+        tokens += [*line, newline]
+    return torch.stack([*tokens, separator])

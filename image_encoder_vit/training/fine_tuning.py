@@ -18,9 +18,13 @@ from torch.utils.data import Dataset
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil, open_image, to_rgb
 from ..modeling_image_encoder_vit import ImageEncoderViTModel
 
-# For `peft.LoraConfig(target_modules=...)`: every linear layer of the blocks, by a pattern of the whole name. The list
-# ["qkv", "proj", "lin1", "lin2"] works too, but its "proj" is also the convolution `patch_embed.proj`.
-LORA_TARGETS = r"(.*\.)?blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(lin1|lin2))"
+# For `peft.LoraConfig(target_modules=...)`: every linear layer of the blocks, a DeepEncoder's in both towers, by a
+# pattern of the whole name. The list ["qkv", "proj", "lin1", "lin2"] works too, but its "proj" is also the convolution
+# `patch_embed.proj`.
+LORA_TARGETS = (
+    r"(.*\.)?(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(lin1|lin2))"
+    r"|layers\.\d+\.(self_attn\.(qkv_proj|out_proj)|mlp\.(fc1|fc2)))"
+)
 HEAD_FILE, CLASSES_FILE = "head.safetensors", "classes.json"
 
 
