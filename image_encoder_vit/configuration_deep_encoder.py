@@ -56,6 +56,33 @@ class DeepEncoderConfig(KnownKeywordsConfig):
         """Width of the CLIP tower: the channels of SAM's last feature map."""
         return self.sam_config.downsample_channels[-1]
 
+    # What images have to be like, by the names of the encoder's own configuration.
+
+    @property
+    def image_size(self) -> int:
+        """Side in px of the square image that SAM's position tables were trained for."""
+        return self.sam_config.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in px. Image sides must be multiples of it."""
+        return self.sam_config.patch_size
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the input image."""
+        return self.sam_config.num_channels
+
+    @property
+    def window_size(self) -> int:
+        """Side in patches of SAM's attention windows."""
+        return self.sam_config.window_size
+
+    @property
+    def downsample_channels(self) -> list[int]:
+        """Output channels of the stride-2 convolutions after SAM's neck."""
+        return self.sam_config.downsample_channels
+
     def validate_architecture(self) -> None:
         """Part of the `@strict` validation: the values must describe an encoder that can be built."""
         if not isinstance(self.sam_config, ImageEncoderViTConfig):

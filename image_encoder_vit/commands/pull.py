@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..weights.layouts import ENCODER_PART, PARTS
 from ..weights.pull import pull
 from .frame import run_command
 from .options import add_option, command_parser
@@ -28,6 +29,7 @@ def pull_encoder(arguments: argparse.Namespace) -> int:
         full_download=arguments.full_download,
         filename=arguments.filename,
         prefix=arguments.prefix,
+        part=arguments.part,
     )
     for notice in pulled.notices:
         print(f"note: {notice}", file=sys.stderr)
@@ -52,6 +54,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--full-download", action="store_true", help="download whole files into the cache, not the encoder's part only"
     )
     parser.add_argument("--filename", help="which file, where the source has several checkpoints")
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        default=ENCODER_PART,
+        help="deep-encoder: CLIP's tower, the projector and the learned tokens too, of DeepSeek-OCR and Unlimited-OCR",
+    )
     parser.add_argument("--prefix", help="which encoder, where a checkpoint has several: how its tensors' names begin")
     return parser.parse_args(argv)
 

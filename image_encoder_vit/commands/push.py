@@ -10,9 +10,12 @@ from collections.abc import Sequence
 
 from ..weights.export import export_weights
 from ..weights.layouts import EXPORT_LAYOUTS
+from ..weights.native_folder import export_native_folder
 from ..weights.push import Pushed, push
 from .frame import run_command
 from .options import add_option, command_parser
+
+NATIVE_FOLDER = "transformers-folder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def push_encoder(arguments: argparse.Namespace) -> int:
     if arguments.export_to is not None:
-        names = export_weights(arguments.model_dir, arguments.export_to, arguments.layout)
+        if arguments.layout == NATIVE_FOLDER:
+            names = export_native_folder(arguments.model_dir, arguments.export_to)
+        else:
+            names = export_weights(arguments.model_dir, arguments.export_to, arguments.layout)
         print(f"Wrote {len(names)} tensors in the layout {arguments.layout} to {arguments.export_to}")
         return 0
     pushed = push(
@@ -62,12 +68,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_option(parser, "--revision", help="branch to commit to, made where it does not exist; default: main")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--dry-run", action="store_true", help="check, and show files and card; touches no network")
-    parser.add_argument("--layout", choices=EXPORT_LAYOUTS, help="the weights alone, under another family's names")
-    parser.add_argument("--export-to", metavar="FILE.safetensors", help="with --layout: write a file, publish nothing")
+    parser.add_argument(
+        "--layout",
+        choices=[*EXPORT_LAYOUTS, NATIVE_FOLDER],
+        help=f"the weights alone, under another family's names; {NATIVE_FOLDER}: a DeepEncoder as a folder that "
+        "transformers (5.20 and later) loads as its Unlimited-OCR without a decoder",
+    )
+    parser.add_argument(
+        "--export-to", metavar="OUTPUT", help="with --layout: write a file (.safetensors) or folder, publish nothing"
+    )
     parser.add_argument("--token", help="Hub token; better set HF_TOKEN, which no process list shows")
     arguments = parser.parse_args(argv)
     if arguments.export_to is not None and arguments.layout is None:
         parser.error("--export-to needs --layout")
+    if arguments.layout == NATIVE_FOLDER and arguments.export_to is None:
+        parser.error(f"--layout {NATIVE_FOLDER} needs --export-to")
     if (arguments.export_to is None) == (arguments.repo_id is None):
         parser.error("give either a repository or --export-to")
     return arguments

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from .files import LocalTensors, select_checkpoint
-from .layouts import export_names, find_layout
+from .layouts import export_names, find_deep_layout, find_layout
 from .model_folder import WEIGHTS_FILE, write_weights
-from .model_kinds import ENCODER, read_config
+from .model_kinds import DEEP_ENCODER, kind_of, read_config
 
 
 def open_model_weights(model_dir: Path) -> LocalTensors:
@@ -36,24 +36,24 @@ def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) 
     config = read_config(Path(model_dir))
     tensors = open_model_weights(Path(model_dir))
     names = export_names(config, layout)
-    missing = sorted(
-        ENCODER.weight_prefix + name for name in names if ENCODER.weight_prefix + name not in tensors.shapes
-    )
+    kind = kind_of(config)
+    missing = sorted(kind.weight_prefix + name for name in names if kind.weight_prefix + name not in tensors.shapes)
     if missing:
         raise ValueError(f"{str(model_dir)!r} lacks weights of its configuration: {', '.join(missing[:8])}.")
     published = {theirs: ours for ours, theirs in names.items()}
-    dtypes = {tensors.dtype(ENCODER.weight_prefix + name) for name in names}
+    dtypes = {tensors.dtype(kind.weight_prefix + name) for name in names}
     if len(dtypes) != 1:
         raise ValueError(f"The weights have several dtypes, {sorted(map(str, dtypes))}: save the model in one.")
     partial = output.with_name(f".{output.name}.unfinished")
     try:
         write_weights(
             partial,
-            {theirs: tensors.shapes[ENCODER.weight_prefix + ours] for theirs, ours in published.items()},
-            lambda theirs: tensors.read(ENCODER.weight_prefix + published[theirs]),
+            {theirs: tensors.shapes[kind.weight_prefix + ours] for theirs, ours in published.items()},
+            lambda theirs: tensors.read(kind.weight_prefix + published[theirs]),
             dtypes.pop(),
         )
-        found = find_layout(LocalTensors.open([partial]).shapes, source_config=config.to_dict())
+        find = find_deep_layout if kind == DEEP_ENCODER else find_layout
+        found = find(LocalTensors.open([partial]).shapes, source_config=config.to_dict())
         if found.sources != names:
             raise AssertionError(f"the layout {layout!r} is not found again in what was written")
         partial.rename(output)

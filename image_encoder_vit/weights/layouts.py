@@ -11,21 +11,33 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 
+from ..configuration_deep_encoder import DeepEncoderConfig
 from ..configuration_image_encoder_vit import ImageEncoderViTConfig
 from ..modeling_image_encoder_vit import encoder_of
-from .families import FAMILIES, Family, choose_family
+from .deep_encoder import (
+    SAM_PREFIX,
+    deep_encoder_weights,
+    expected_deep_shapes,
+    infer_deep_config,
+    left_out,
+    stem_of,
+)
+from .families import FAMILIES, OWN_LAYOUT, Family, choose_family
 from .inference import Shape, infer_config
 from .naming import MAX_NAMES_SHOWN, TRANSFORMERS, encoder_prefixes, listed, weights_below
 
 # A name below one of these belongs to the encoder's own path, so one that we do not know means another architecture.
 OWN_MODULES = ("patch_embed", "blocks", "layers", "neck", "proj")
+# What can be taken out of a checkpoint.
+ENCODER_PART, DEEP_ENCODER_PART = PARTS = ("encoder", "deep-encoder")
 
 
 @dataclass(frozen=True)
 class Layout:
     """
-    An encoder found in a checkpoint.
+    An encoder, or a whole DeepEncoder, found in a checkpoint.
 
     `sources` maps each published name to the checkpoint's, `shapes` to the shape in (O, I, H, W) order;
     `is_channels_last` says that the checkpoint holds convolutions as (O, H, W, I), as MLX does. `notices` are
@@ -37,7 +49,7 @@ class Layout:
     sources: dict[str, str]
     shapes: dict[str, Shape]
     is_channels_last: bool
-    config: ImageEncoderViTConfig
+    config: PreTrainedConfig
     notices: tuple[str, ...] = ()
 
     @property
@@ -46,25 +58,31 @@ class Layout:
         return preprocessing_of(self.family, self.config)
 
 
-def preprocessing_of(family: Family, config: ImageEncoderViTConfig) -> dict[str, Any]:
+def preprocessing_of(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
     """Settings of a family's image processor, for the size of image that such an encoder was trained for."""
     size = {"height": config.image_size, "width": config.image_size}
     return {**family.preprocessing, "size": size, "patch_size": config.patch_size}
 
 
 class Choice(NamedTuple):
-    """What of a source is wanted, as far as the user said: which file, and the encoder below which prefix."""
+    """
+    What of a source is wanted, as far as the user said: which file, the encoder below which prefix, and which of
+    `PARTS`.
+    """
 
     filename: str | None = None
     prefix: str | None = None
+    part: str = ENCODER_PART
 
     def weights(self, names: Iterable[str]) -> dict[str, str]:
         """Published name to name in the checkpoint, from the names in an index. Raises as `layout`."""
-        return weights_below(names, choose_prefix(names, self.prefix))
+        below = deep_encoder_weights if self.part == DEEP_ENCODER_PART else weights_below
+        return below(names, choose_prefix(names, self.prefix))
 
     def layout(self, shapes: Mapping[str, Shape], source_config: Mapping[str, Any]) -> Layout:
-        """As `find_layout`."""
-        return find_layout(shapes, prefix=self.prefix, source_config=source_config)
+        """As `find_layout` or `find_deep_layout`."""
+        find = find_deep_layout if self.part == DEEP_ENCODER_PART else find_layout
+        return find(shapes, prefix=self.prefix, source_config=source_config)
 
 
 def find_layout(
@@ -93,6 +111,31 @@ def find_layout(
         notices += (f"Left out, as no part of this encoder: {listed(left_out)}.",)
     family, family_notices = choose_family(shapes, prefix, config)
     return Layout(family, prefix, sources, ours, is_channels_last, config, notices + family_notices)
+
+
+def find_deep_layout(
+    shapes: Mapping[str, Shape], *, prefix: str | None = None, source_config: Mapping[str, Any] | None = None
+) -> Layout:
+    """
+    Finds the whole DeepEncoder in a checkpoint; arguments as in `find_layout`, `prefix` is that of its SAM encoder.
+
+    Raises:
+        ValueError: If there is none, with what is there instead, or one of another architecture.
+    """
+    sam = find_layout(shapes, prefix=prefix, source_config=source_config)
+    sources = deep_encoder_weights(shapes, sam.prefix)
+    stem = stem_of(shapes, sam.prefix)
+    unread = left_out(shapes, stem, sources.values())
+    ours = {name: tuple(shapes[source]) for name, source in sources.items()}
+    ours |= {SAM_PREFIX + name: shape for name, shape in sam.shapes.items()}
+    config, notices = infer_deep_config(ours, sam.config, source_config or {})
+    _check_shapes(ours, expected_deep_shapes(config), f"The DeepEncoder below {stem!r}")
+    if unread:
+        notices += (f"Left out, as nothing reads it: {listed(unread)}.",)
+    family = sam.family
+    if (source_config or {}).get("model_type") == DeepEncoderConfig.model_type:
+        family = next(family for family in FAMILIES if family.name == OWN_LAYOUT)
+    return Layout(family, stem, sources, ours, sam.is_channels_last, config, sam.notices + notices)
 
 
 def choose_prefix(names: Iterable[str], prefix: str | None = None) -> str:
@@ -170,17 +213,20 @@ def check_shapes(shapes: Mapping[str, Shape], config: ImageEncoderViTConfig, pre
     Raises:
         ValueError: Naming the weights that are missing, unexpected or of another shape.
     """
-    expected = expected_shapes(config)
+    _check_shapes(shapes, expected_shapes(config), f"The encoder below {prefix!r}")
+
+
+def _check_shapes(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], what: str) -> None:
     missing = sorted(expected.keys() - shapes.keys())
     unexpected = sorted(shapes.keys() - expected.keys())
     wrong = [f"{n} {shapes[n]} instead of {expected[n]}" for n in expected if n in shapes and shapes[n] != expected[n]]
     problems = [
-        f"{what} ({len(names)}): {listed(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        f"{kind} ({len(names)}): {listed(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
         if names
     ]
     if problems:
-        raise ValueError(f"The encoder below {prefix!r} is not complete. Weights {'; '.join(problems)}.")
+        raise ValueError(f"{what} is not complete. Weights {'; '.join(problems)}.")
 
 
 def _quoted(prefixes: Iterable[str]) -> str:
@@ -190,11 +236,12 @@ def _quoted(prefixes: Iterable[str]) -> str:
 EXPORT_LAYOUTS = ("deepseek-ocr", "sam", "transformers")
 
 
-def export_names(config: ImageEncoderViTConfig, layout: str) -> dict[str, str]:
+def export_names(config: PreTrainedConfig, layout: str) -> dict[str, str]:
     """
     Published name to name in another family's checkpoints, for weights that go back where they came from.
 
-    - "deepseek-ocr": `model.sam_model.*`, as DeepSeek-OCR, DeepSeek-OCR-2 and Unlimited-OCR publish them.
+    - "deepseek-ocr": `model.sam_model.*`, as DeepSeek-OCR, DeepSeek-OCR-2 and Unlimited-OCR publish them; a whole
+      DeepEncoder likewise, `model.*`. The only one that holds such a one.
     - "sam": `image_encoder.*`, as segment-anything; it has no place for net_2 and net_3.
     - "transformers": `vision_encoder.*` as SamModel without net_2 and net_3, else `model.vision_tower.sam_encoder.*`
       as UnlimitedOcr and DeepseekOcr2 hold them.
@@ -204,6 +251,10 @@ def export_names(config: ImageEncoderViTConfig, layout: str) -> dict[str, str]:
     """
     if layout not in EXPORT_LAYOUTS:
         raise ValueError(f"Unknown layout {layout!r}. Known: {', '.join(EXPORT_LAYOUTS)}.")
+    if config.model_type == DeepEncoderConfig.model_type:
+        if layout != "deepseek-ocr":
+            raise ValueError(f"The layout {layout!r} has no place for a whole DeepEncoder: choose 'deepseek-ocr'.")
+        return {name: f"model.{name}" for name in expected_deep_shapes(config)}
     depth = len(config.downsample_channels)
     if (layout == "sam" and depth) or (layout == "transformers" and depth not in (0, 2)):
         raise ValueError(

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_image_encoder_vit import ImageEncoderViTConfig
+from ..modeling_deep_encoder import DeepEncoderModel
 from ..modeling_image_encoder_vit import ImageEncoderViTForImageClassification, ImageEncoderViTModel
 
 
@@ -39,6 +40,22 @@ def describe_encoder(config: ImageEncoderViTConfig) -> str:
     )
 
 
+def describe_deep_encoder(config: Any) -> str:
+    """Markdown that says what goes in and what comes out of a DeepEncoder."""
+    sam = config.sam_config
+    stride_px = sam.patch_size * 2 ** len(sam.downsample_channels)
+    cells = -(-sam.image_size // stride_px)
+    return (
+        "# DeepEncoder\n\n"
+        f"A page of {sam.image_size} x {sam.image_size} px becomes {cells * (cells + 1) + 1} vision tokens of "
+        f"{config.projection_size} channels, as the decoder reads them: {cells} rows of {cells} cells with a newline "
+        f"after each, and a separator; and the cells as a map. Other sizes and tiles work, a cell stands for "
+        f"{stride_px} x {stride_px} px. SAM's encoder ({sam.num_hidden_layers} blocks of width {sam.hidden_size}), "
+        f"CLIP's tower on its features ({config.clip_num_hidden_layers} blocks of width {config.clip_hidden_size}), "
+        "and a linear projector."
+    )
+
+
 ENCODER = ModelKind(
     model=ImageEncoderViTModel,
     weight_prefix=f"{ImageEncoderViTModel.base_model_prefix}.",
@@ -51,8 +68,15 @@ CLASSIFIER = ENCODER._replace(
     outputs={**ENCODER.outputs, "AutoModelForImageClassification": "logits"},
     pipeline_tag="image-classification",
 )
+DEEP_ENCODER = ModelKind(
+    model=DeepEncoderModel,
+    weight_prefix="",
+    outputs={"AutoModel": "last_hidden_state"},
+    pipeline_tag="image-feature-extraction",
+    summary=describe_deep_encoder,
+)
 # The plain model of a type before those with heads: a config.json that names no class means it.
-MODEL_KINDS = (ENCODER, CLASSIFIER)
+MODEL_KINDS = (ENCODER, CLASSIFIER, DEEP_ENCODER)
 
 
 def kind_of(config: PreTrainedConfig) -> ModelKind:

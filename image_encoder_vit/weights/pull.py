@@ -13,7 +13,7 @@ import torch
 from ..storage.http_ranges import RetryPolicy
 from ..storage.output_folder import discard, publish, unfinished_folder
 from .hub_repository import HubRepository
-from .layouts import Choice
+from .layouts import ENCODER_PART, PARTS, Choice
 from .model_card import CARD_FILE, PROVENANCE_FILE, describe_model, parse_card, update_card, usage_from
 from .model_folder import WEIGHTS_FILE, check_folder, write_settings, write_weights
 from .model_kinds import kind_of
@@ -49,6 +49,7 @@ def pull(
     full_download: bool = False,
     filename: str | None = None,
     prefix: str | None = None,
+    part: str = ENCODER_PART,
     endpoint: str | None = None,
     retry: RetryPolicy | None = None,
 ) -> Pulled:
@@ -67,6 +68,8 @@ def pull(
         full_download: Download whole files into huggingface_hub's cache instead of the encoder's part of them.
         filename: Which file, of a source with several checkpoints.
         prefix: Which encoder, of a checkpoint with several: the beginning of its tensors' names.
+        part: "encoder", SAM's alone, or "deep-encoder": SAM's with CLIP's tower, the projector and the learned tokens,
+            of DeepSeek-OCR and Unlimited-OCR.
         endpoint: Address of the Hub, by default huggingface_hub's.
         retry: When to ask the Hub again.
 
@@ -78,7 +81,9 @@ def pull(
     """
     output = Path(output_dir).absolute()
     target_dtype = _parse_dtype(dtype)
-    choice = Choice(filename, prefix)
+    if part not in PARTS:
+        raise ValueError(f"There is no part {part!r}. Known: {', '.join(PARTS)}.")
+    choice = Choice(filename, prefix, part)
     local = Path(source)
     is_local = local.exists()
     if not is_local and (isinstance(source, Path) or str(source).startswith((".", "/", "~"))):
@@ -209,7 +214,7 @@ def card_of(opened: OpenedCheckpoint, provenance: Mapping[str, Any], weight_byte
 def _read_converted(opened: OpenedCheckpoint, name: str) -> torch.Tensor:
     """A weight by published name, convolutions as (O, I, H, W)."""
     tensor = opened.tensors.read(opened.layout.sources[name])
-    if opened.layout.is_channels_last and tensor.ndim == 4 and name != "pos_embed":
+    if opened.layout.is_channels_last and tensor.ndim == 4 and not name.endswith("pos_embed"):
         tensor = tensor.permute(0, 3, 1, 2)
     return tensor
 
