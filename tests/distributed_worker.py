@@ -1,7 +1,7 @@
 """
 What one of two processes does in the tests of distributed training: gradients of its share of a batch, under DDP and
 both kinds of FSDP, to be compared with those of one process on the whole batch; then scripts/finetune.py with the
-arguments that follow the folder for the results, straight and interrupted.
+arguments that follow the folder for the results, straight, and killed as by `kill -9`.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from builders import random_pixels, small_model
-from finetune_script import finetune, interrupt_after
+from finetune_script import at_step, finetune, kill
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -111,15 +111,11 @@ def main(folder: Path, arguments: list[str]) -> None:
         results["fsdp2"] = with_fsdp2(share)
     torch.save(results, folder / f"rank-{rank}.pt")
     # In the same processes: each start costs seconds.
-    statuses = [finetune.main([*arguments, "--output", str(folder / "straight")])]
-    resumed = [*arguments, "--output", str(folder / "resumed"), "--save-every-steps", "1"]
+    if finetune.main([*arguments, "--output", str(folder / "straight")]):
+        sys.exit(1)
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(2, patch)
-        assert finetune.main(resumed) == 130
-    accelerator.wait_for_everyone()  # The main process may still be removing an older state.
-    statuses.append(finetune.main([*resumed, "--resume"]))
-    accelerator.end_training()
-    sys.exit(max(statuses))
+        at_step(2, kill, patch)
+        finetune.main([*arguments, "--output", str(folder / "resumed"), "--save-every-steps", "1"])
 
 
 if __name__ == "__main__":

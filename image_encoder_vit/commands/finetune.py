@@ -1,41 +1,41 @@
 """
-Fine-tunes the encoder with a classification head on a folder of images, one subfolder for each class.
+Fine-tunes the encoder with a classification head on images with labels: a folder with one subfolder of images for each
+class, or any data set that `datasets` loads.
 
 One process, or several: `accelerate launch -m image_encoder_vit.commands.finetune ...`.
 """
 
 import argparse
+import dataclasses
 import json
 import math
-import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader, Sampler
+from transformers import HfArgumentParser, TrainingArguments
 
-from .. import ImageEncoderViTConfig, ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
+from ..modeling_image_encoder_vit import ImageEncoderViTForImageClassification
 from ..storage.output_folder import check_free, discard, publish, unfinished_folder, unfinished_path
-from ..training.fine_tuning import (
-    ImageEncoderViTClassifier,
-    ImageFolder,
-    batch_indices,
-    save_classifier,
-    with_lora,
-)
+from ..training.fine_tuning import FineTuner, accuracy_and_macro_f1, freeze, with_lora
+from ..training.labelled_images import Splits, load_splits
+from ..training.states import StateKeeper, StopAtNonFiniteLoss, newest_state
 from .frame import run_command
-from .loading import load_model
-from .options import add_option, command_parser
+from .loading import load_model, load_processor
+from .options import PROGRAM
 
-WARMUP_SHARE = 0.05
-MAX_GRADIENT_NORM = 1.0
 STATES = "states"  # In the unfinished folder: what --resume needs.
-RECORD = "record.json"
+SETTINGS_FILE = "settings.json"
+LABELS_FILE = "id2label.json"  # Of an adapter; a whole model has them in its config.json.
+RESULTS_FILE = "eval_results.json"
+# What may differ in a run that goes on.
+CHANGEABLE = {"output", "resume", "workers", "device", "save_every_steps"}
 
 RANDOM_WEIGHTS_NOTICE = (
     "No --checkpoint given: training a full-size encoder from RANDOM weights, which takes far more images than "
@@ -43,56 +43,88 @@ RANDOM_WEIGHTS_NOTICE = (
 )
 
 
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of `Options` with its help."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class Options:
+    """What is trained, how, and where it goes."""
+
+    output: str = field(metadata={"help": "folder of the tuned model"})
+    checkpoint: str | None = option(None, "model folder or Hub id; without it, random weights are trained")
+    train_split: str = option("train", "split to train on")
+    eval_split: str | None = option(
+        None,
+        "split to evaluate on, or a share such as 0.2 to hold out for it, or 'none'; by default validation or test",
+    )
+    image_column: str = option("image", "column of the images")
+    label_column: str = option("label", "column of their classes")
+    revision: str | None = option(None, "branch, tag or commit of a Hub repository", metavar="NAME")
+    image_size: int | None = option(None, "side of the canvas in px; as trained by default", metavar="PX")
+    epochs: float = option(3.0, "passes over the images")
+    batch_size: int = option(4, "images a step and process")
+    images_at_once: int = option(1, "as many of them are in memory at a time; more need more memory")
+    learning_rate: float = option(1e-4, "at its peak, after a twentieth of the steps")
+    layer_decay: float = option(1.0, "each layer learns so much slower than the next; SAM's fine-tuners take 0.8")
+    weight_decay: float = option(0.05, "of all weights but biases, norms and positions")
+    lora: int | None = option(None, "train adapters of this rank, and the head", metavar="RANK")
+    keep_adapter: bool = option(False, "with --lora: write the adapter by itself instead of merging it")
+    freeze_encoder: bool = option(False, "train the head only")
+    freeze_blocks: int | None = option(None, "keep patches, positions and the first blocks as they are", metavar="N")
+    gradient_checkpointing: bool = option(False, "less memory, a third more time")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the computation; weights stay float32")
+    device: Literal["auto", "cpu"] = option("auto", "cpu, or the accelerator where there is one")
+    workers: int = option(0, "processes that decode images")
+    save_every_steps: int | None = option(None, "keep the state for --resume; by default after each epoch", metavar="N")
+    resume: bool = option(False, "go on where an interrupted run has saved its state")
+    seed: int = option(0, "of the head, the order of the images and what is held out")
+    trainer: list[str] = field(
+        default_factory=list,
+        metadata={"help": "other arguments of transformers' TrainingArguments, as max_grad_norm=0.5"},
+    )
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "images_at_once", "learning_rate", "layer_decay", "image_size", "lora")
+        for name in (*positive, "save_every_steps", "freeze_blocks"):
+            number = getattr(self, name)
+            if number is not None and not 0 < number < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {number}.")
+        if self.workers < 0:
+            raise ValueError(f"--workers must be 0 or more, got {self.workers}.")
+        if self.batch_size % self.images_at_once:
+            raise ValueError(
+                f"--batch-size must be a multiple of --images-at-once, got {self.batch_size} and {self.images_at_once}."
+            )
+        if self.lora and (self.freeze_encoder or self.freeze_blocks):
+            raise ValueError("--lora trains adapters inside the encoder, whose weights stay: leave out --freeze-...")
+        if self.freeze_encoder and self.freeze_blocks:
+            raise ValueError("--freeze-encoder freezes all blocks: leave out --freeze-blocks.")
+        if self.keep_adapter and not self.lora:
+            raise ValueError("--keep-adapter needs --lora RANK.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    after_interrupt = "with --save-every-steps, the same command and --resume goes on from the last state"
+    after_interrupt = "the same command with --resume goes on from the last state, if one was saved"
     return run_command(finetune, parse_arguments(argv), after_interrupt=after_interrupt)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser("finetune", __doc__)
-    parser.add_argument("images", type=Path, metavar="FOLDER", help="images, one subfolder for each class")
-    add_option(parser, "--checkpoint", help="where the encoder is; without it, random weights are trained")
-    add_option(parser, "--output", metavar="FOLDER", help="where the tuned encoder goes")
-    parser.add_argument("--epochs", type=positive(float), default=3, help="passes over the images (default: 3)")
-    parser.add_argument("--batch-size", type=positive(int), default=4, help="images a step and process (default: 4)")
-    parser.add_argument("--learning-rate", type=positive(float), default=1e-4, help="at its peak (default: 1e-4)")
-    parser.add_argument(
-        "--image-size", type=positive(int), metavar="PX", help="side of the canvas; default: as trained"
+    """`images`, the data set, and `options`."""
+    parser: Any = HfArgumentParser(
+        [Options],
+        prog=f"{PROGRAM} finetune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--lora", type=positive(int), metavar="RANK", help="train adapters of this rank, then merge")
-    parser.add_argument("--freeze-encoder", action="store_true", help="train the head only")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--workers", type=not_negative, default=0, help="processes that decode images (default: 0)")
-    parser.add_argument("--save-every-steps", type=positive(int), metavar="STEPS", help="keep the state for --resume")
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run has saved its state")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU even where there is an accelerator")
-    arguments = parser.parse_args(argv)
-    if arguments.lora and arguments.freeze_encoder:
-        parser.error("--lora trains adapters inside the encoder: leave out --freeze-encoder")
-    return arguments
-
-
-def positive(kind: type) -> Any:
-    """A type for argparse: a finite number above 0."""
-
-    def parse(text: str) -> Any:
-        number = kind(text)
-        if not 0 < number < math.inf:
-            raise ValueError
-        return number
-
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
-
-
-def not_negative(text: str) -> int:
-    """A type for argparse: an integer of 0 or more."""
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
+    parser.add_argument("images", metavar="FOLDER", help="images, one subfolder for each class; or a data set")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
+    return argparse.Namespace(images=rest.images, options=options)
 
 
 def finetune(arguments: argparse.Namespace) -> int:
@@ -102,224 +134,223 @@ def finetune(arguments: argparse.Namespace) -> int:
     Raises:
         OSError, ValueError, ImportError: With a message for the user.
     """
-    check_free(arguments.output)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu)
-    processor = load_processor(arguments)
-    images = ImageFolder(arguments.images, processor)
-    settings = settings_of(arguments, images, accelerator.num_processes)
-    with output_in_work(arguments.output, accelerator) as folder:
-        states = folder / STATES
-        state = check_states(states, settings, arguments.resume)
-        accelerator.wait_for_everyone()  # All have looked before one writes.
-        if accelerator.is_main_process and arguments.checkpoint is None:
-            print(RANDOM_WEIGHTS_NOTICE)
-        set_seed(arguments.seed)
-        training = Training(accelerator, build(arguments, len(images.classes)), images, settings)
-        if state is not None:
-            training.load(state)
-            accelerator.print(f"Resumed after step {training.step} of {training.total_steps}")
-        training.run(states, arguments)
-        weights = accelerator.get_state_dict(training.model)
-        if accelerator.is_main_process:
-            classifier = build(arguments, len(images.classes))
-            classifier.load_state_dict(weights)
+    options = arguments.options
+    output = Path(options.output)
+    check_free(output)
+    states = unfinished_path(output) / STATES
+    trainer_arguments = training_arguments(options, states)
+    size = {"size": options.image_size} if options.image_size else {}
+    processor = load_processor(options.checkpoint, options.revision, **size)
+    splits = load_splits(
+        arguments.images,
+        processor,
+        train_split=options.train_split,
+        eval_split=options.eval_split,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        seed=options.seed,
+    )
+    settings = settings_of(options, splits)
+    with output_in_work(output) as folder:
+        state = state_to_resume(states, settings, options.resume)
+        PartialState().wait_for_everyone()  # All have looked before one writes.
+        if PartialState().is_main_process:
+            states.mkdir(exist_ok=True)
+            (states / SETTINGS_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+            if options.checkpoint is None:
+                print(RANDOM_WEIGHTS_NOTICE)
+            if state is not None:
+                print(f"Resuming from the state after step {state.name.rpartition('-')[2]}")
+        trainer = trainer_of(options, trainer_arguments, splits)
+        with progress_ended():
+            trainer.train(resume_from_checkpoint=None if state is None else str(state))
+        results = {}
+        if splits.evaluation is not None:
+            figures = trainer.evaluate()
+            results = {name: figures[f"eval_{name}"] for name in ("accuracy", "macro_f1", "loss")}
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if PartialState().is_main_process:
             tuned = folder / "tuned"
             discard(tuned)  # of a process that was killed here
             tuned.mkdir()
-            save_classifier(classifier, images.classes, processor, tuned)
-            publish(tuned, arguments.output)
+            save(trainer.accelerator.unwrap_model(trainer.model_wrapped), weights, options, tuned)
+            processor.save_pretrained(tuned)
+            if results:
+                (tuned / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            publish(tuned, output)
             discard(folder)
-            print(f"Wrote the encoder, its processor and the head to {arguments.output}")
-        accelerator.wait_for_everyone()
+            if splits.evaluation is not None:
+                shown = f"accuracy {results['accuracy']:.3f}, macro F1 {results['macro_f1']:.3f}"
+                print(f"{shown} on {len(splits.evaluation)} images that were not trained on")
+            print(f"Wrote the {'adapter' if options.keep_adapter else 'tuned model'} and its processor to {output}")
+        PartialState().wait_for_everyone()
     return 0
 
 
+def training_arguments(options: Options, states: Path) -> TrainingArguments:
+    """
+    `Trainer`'s arguments: what the options say, and those given by --trainer before all.
+
+    Raises:
+        ValueError: If --trainer has anything but NAME=VALUE of known names.
+    """
+    ours: dict[str, Any] = {
+        "num_train_epochs": options.epochs,
+        "per_device_train_batch_size": options.images_at_once,
+        "per_device_eval_batch_size": options.images_at_once,
+        "gradient_accumulation_steps": options.batch_size // options.images_at_once,
+        "learning_rate": options.learning_rate,
+        "weight_decay": options.weight_decay,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "bf16": options.dtype == "bfloat16",
+        "fp16": options.dtype == "float16",
+        "use_cpu": options.device == "cpu",
+        "seed": options.seed,
+        "dataloader_num_workers": options.workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_strategy": "epoch",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": False,
+        "report_to": "none",
+    }
+    if options.workers:
+        # A forked worker would hold the lock on the unfinished folder for seconds after this process is killed.
+        ours["dataloader_multiprocessing_context"] = "spawn"
+    if options.save_every_steps:
+        ours |= {"save_strategy": "steps", "save_steps": options.save_every_steps}
+    known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    theirs = dict(given.partition("=")[::2] for given in options.trainer)
+    strangers = [given for given in options.trainer if given.partition("=")[0] not in known or "=" not in given]
+    if strangers or "output_dir" in theirs:
+        raise ValueError(f"--trainer takes NAME=VALUE of transformers' TrainingArguments, got {options.trainer}.")
+    parser: Any = HfArgumentParser([TrainingArguments], prog="--trainer", usage="--trainer NAME=VALUE ...")
+    given = [f"--{name}={value}" for name, value in {**ours, **theirs, "output_dir": str(states)}.items()]
+    (arguments,) = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
+    return arguments
+
+
 @contextmanager
-def output_in_work(output: Path, accelerator: Accelerator) -> Iterator[Path]:
+def output_in_work(output: Path) -> Iterator[Path]:
     """
     The unfinished folder of the output, locked by the main process. After an error it stays only if there is a state
     to resume from.
     """
-    if not accelerator.is_main_process:
+    if not PartialState().is_main_process:
         yield unfinished_path(output)
         return
     with unfinished_folder(output) as folder:
         try:
             yield folder
         finally:
-            if not any((folder / STATES).glob("step-*")):
+            if newest_state(folder / STATES) is None:
                 discard(folder)
 
 
-def load_processor(arguments: argparse.Namespace) -> Any:
-    size = {"size": arguments.image_size} if arguments.image_size else {}
-    if arguments.checkpoint is None:
-        return ImageEncoderViTImageProcessorPil(**size)
-    return ImageEncoderViTImageProcessorPil.from_pretrained(arguments.checkpoint, **size)
-
-
-def build(arguments: argparse.Namespace, num_classes: int) -> ImageEncoderViTClassifier:
+@contextmanager
+def progress_ended() -> Iterator[None]:
     """
-    The classifier that is trained, in float32: weights of the checkpoint or random ones, the rest by `arguments`.
+    Ends the line of the progress bar after an error, which is then told on a line of its own; one from a process that
+    decodes images without its traceback.
+    """
+    try:
+        yield
+    except BaseException as error:
+        print(file=sys.stderr)
+        lines = str(error).strip().splitlines()
+        if lines and lines[0].startswith("Caught "):
+            raise ValueError(lines[-1].partition(": ")[2]) from None
+        raise
+
+
+def trainer_of(options: Options, arguments: TrainingArguments, splits: Splits) -> FineTuner:
+    """The trainer of the model that the options describe."""
+    set_seed(options.seed)
+    model = build(options, splits.classes)
+    return FineTuner(
+        model=model,
+        args=arguments,
+        train_dataset=splits.train,
+        eval_dataset=splits.evaluation,
+        compute_metrics=accuracy_and_macro_f1,
+        callbacks=[StateKeeper(), StopAtNonFiniteLoss()],
+        layer_decay=options.layer_decay,
+    )
+
+
+def build(options: Options, classes: list[str]) -> Any:
+    """
+    The classifier that is trained, in float32: the encoder of the checkpoint or a random one under a new head.
 
     Raises:
         OSError, ValueError: If the checkpoint cannot be loaded as an encoder.
         ImportError: If LoRA is asked for and PEFT is not installed.
     """
-    if arguments.checkpoint is None:
-        encoder: Any = ImageEncoderViTModel(ImageEncoderViTConfig())
-    else:
-        encoder = load_model(arguments.checkpoint, torch.float32)
-    if arguments.gradient_checkpointing:
+    encoder = load_model(options.checkpoint, torch.float32, options.revision)
+    config = encoder.config
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: number for number, name in enumerate(classes)}
+    config.problem_type = "single_label_classification"
+    model: Any = ImageEncoderViTForImageClassification(config)
+    model.encoder = encoder.encoder
+    if options.gradient_checkpointing:
         # Renamed in later releases of transformers. Without re-entry it works where the first layer is frozen too.
-        enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    encoder.requires_grad_(not arguments.freeze_encoder)
-    if arguments.lora:
-        encoder = with_lora(encoder, arguments.lora)
-    return ImageEncoderViTClassifier(encoder, num_classes).train()
+    if options.freeze_encoder or options.freeze_blocks:
+        freeze(model.encoder, options.freeze_blocks)
+    return with_lora(model, options.lora) if options.lora else model
 
 
-def settings_of(arguments: argparse.Namespace, images: ImageFolder, processes: int) -> dict[str, Any]:
+def save(model: Any, weights: dict[str, torch.Tensor], options: Options, folder: Path) -> None:
+    """
+    Writes the tuned model, or its adapter beside the names of the classes, for which PEFT has no place.
+
+    Raises:
+        ValueError: If a weight is not finite.
+    """
+    bad = sorted(name for name, weight in weights.items() if not torch.isfinite(weight).all())
+    if bad:
+        raise ValueError(f"{len(bad)} tuned weights are not finite, {bad[0]} first: try a smaller --learning-rate.")
+    if options.lora and not options.keep_adapter:
+        model.load_state_dict(weights)
+        model = model.merge_and_unload()
+        weights = model.state_dict()
+    model.save_pretrained(folder, state_dict=weights)
+    if options.keep_adapter:
+        (folder / "README.md").unlink()  # PEFT's card: a form to fill in, which tells where the checkpoint lay.
+        names = {str(number): name for number, name in model.config.id2label.items()}
+        (folder / LABELS_FILE).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+
+
+def settings_of(options: Options, splits: Splits) -> dict[str, Any]:
     """What must be the same for a resumed run to end as one that was never interrupted."""
-    names = ("checkpoint", "epochs", "batch_size", "learning_rate", "image_size", "lora", "freeze_encoder")
-    settings = {name: getattr(arguments, name) for name in (*names, "mixed_precision", "seed")}
-    files = [str(path.relative_to(arguments.images)) for path, _ in images.entries]
-    return settings | {"processes": processes, "files": files}
+    settings = {name: value for name, value in dataclasses.asdict(options).items() if name not in CHANGEABLE}
+    return settings | {"processes": PartialState().num_processes, "images": splits.digest()}
 
 
-def check_states(states: Path, settings: dict[str, Any], resume: bool) -> Path | None:
+def state_to_resume(states: Path, settings: dict[str, Any], resume: bool) -> Path | None:
     """
     The newest state to resume from; None to start anew.
 
     Raises:
         ValueError: If --resume has nothing to resume, or other settings; or a state would be lost without it.
     """
-    found = sorted(states.glob("step-*"))
+    newest = newest_state(states)
     if not resume:
-        if found:
-            raise ValueError(
-                f"An interrupted run has left {str(found[-1])!r}: add --resume, or remove {str(states)!r}."
-            )
+        if newest is not None:
+            raise ValueError(f"An interrupted run has left {str(newest)!r}: add --resume, or remove {str(states)!r}.")
         return None
-    if not found:
-        raise ValueError(f"--resume: no state in {str(states)!r}. Start without it, and with --save-every-steps.")
-    before = json.loads((found[-1] / RECORD).read_text(encoding="utf-8"))["settings"]
+    if newest is None:
+        raise ValueError(f"--resume: no state in {str(states)!r}. Start without it; --save-every-steps saves earlier.")
+    before = json.loads((states / SETTINGS_FILE).read_text(encoding="utf-8"))
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
-        seen = ", ".join(name if name == "files" else f"{name}={settings[name]!r}" for name in changed)
-        raise ValueError(f"--resume: {seen} differs from the interrupted run, which {str(found[-1])!r} is of.")
-    return found[-1]
-
-
-def learning_rate_share(step: int, total_steps: int) -> float:
-    """The learning rate of a step, from 0, as a share of its peak: a linear rise, then half a cosine down to 0."""
-    warmup = max(1, round(WARMUP_SHARE * total_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
-
-
-class StepBatches(Sampler[list[int]]):
-    """The images of this process, step by step: its share of each batch that all processes have together."""
-
-    def __init__(self, training: "Training") -> None:
-        self.training = training
-
-    def __iter__(self) -> Iterator[list[int]]:
-        training, accelerator = self.training, self.training.accelerator
-        size = training.settings["batch_size"]
-        for step in range(training.step, training.total_steps):
-            batch = batch_indices(step, training.joint_batch_size, len(training.images), training.settings["seed"])
-            yield batch[accelerator.process_index * size :][:size]
-
-
-@dataclass
-class Training:
-    """A training under way: the model, its optimizer, and how many steps they have made."""
-
-    accelerator: Accelerator
-    model: Any
-    images: ImageFolder
-    settings: dict[str, Any]
-    step: int = 0
-    optimizer: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.model = self.accelerator.prepare_model(self.model)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.settings["learning_rate"], weight_decay=0.05)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-
-    @property
-    def joint_batch_size(self) -> int:
-        return int(self.settings["batch_size"] * self.settings["processes"])
-
-    @property
-    def total_steps(self) -> int:
-        return math.ceil(self.settings["epochs"] * len(self.images) / self.joint_batch_size)
-
-    def run(self, states: Path, arguments: argparse.Namespace) -> None:
-        """Trains to the end, saving the state every so many steps."""
-        # A forked worker would hold the lock on the unfinished folder for seconds after this process is killed.
-        context = "spawn" if arguments.workers else None
-        loader = DataLoader(
-            self.images,
-            batch_sampler=StepBatches(self),
-            num_workers=arguments.workers,
-            multiprocessing_context=context,
-        )
-        for batch in loader:
-            loss = self.train_step({name: value.to(self.accelerator.device) for name, value in batch.items()})
-            self.accelerator.print(f"step {self.step} of {self.total_steps}: loss {loss:.4f}", flush=True)
-            every = arguments.save_every_steps
-            if every and self.step % every == 0 and self.step < self.total_steps:
-                self.save(states)
-
-    def train_step(self, batch: dict[str, Any]) -> float:
-        """
-        One step on the images of this process; returns the loss, a mean over all processes.
-
-        Raises:
-            ValueError: If the loss is not finite.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings["learning_rate"] * learning_rate_share(self.step, self.total_steps)
-        with self.accelerator.autocast():
-            loss = self.model(**batch)["loss"]
-        mean = float(self.accelerator.reduce(loss.detach().float(), reduction="mean"))
-        if not math.isfinite(mean):
-            raise ValueError(f"The loss is {mean} at step {self.step + 1}: try a smaller --learning-rate.")
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        return mean
-
-    def save(self, states: Path) -> None:
-        """Writes the state under a name that appears when it is complete, and removes older ones."""
-        folder = states / f"step-{self.step:08d}"
-        partial = states / "partial"
-        if self.accelerator.is_main_process:
-            discard(partial)
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            record = {"step": self.step, "settings": self.settings}
-            (partial / RECORD).write_text(json.dumps(record), encoding="utf-8")
-            publish(partial, folder)
-            for older in states.glob("step-*"):
-                if older != folder:
-                    discard(older)
-
-    def load(self, folder: Path) -> None:
-        """Goes back to a saved state."""
-        self.accelerator.load_state(os.fspath(folder))
-        self.step = json.loads((folder / RECORD).read_text(encoding="utf-8"))["step"]
+        seen = ", ".join(name if name == "images" else f"{name}={settings[name]!r}" for name in changed)
+        raise ValueError(f"--resume: {seen} differs from the interrupted run, which {str(newest)!r} is of.")
+    return newest
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
