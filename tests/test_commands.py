@@ -73,7 +73,7 @@ def test_options_of_one_name_mean_one_thing(capsys: pytest.CaptureFixture[str]) 
             assert option in shown, (name, option)
     for name in COMMANDS:
         shown = help_of(name, capsys).split()
-        assert not {"--cpu", "--force", "--model", "--out"} & set(shown) or name == "finetune", name
+        assert not {"--cpu", "--force", "--model", "--out"} & set(shown), name
     assert {"--checkpoint", "--revision", "--device", "--dtype", "--preset", "--output", "--overwrite"} == set(OPTIONS)
 
 
