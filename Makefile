@@ -7,7 +7,7 @@ NODE := .node
 TRANSFORMERS_JS := @huggingface/transformers@4.3.1
 # Everything but torchvision, whose registry builds for Linux want CUDA libraries, and torchao: transformers imports it
 # wherever it is installed, and it writes warnings to every program's stderr. Its tests find it in a folder of its own.
-EXTRAS := test,dev,plot,export,finetune,corpora
+EXTRAS := test,dev,plot,export,finetune,corpora,search
 # What installing compiles.
 KERNEL := hatch_build.py image_encoder_vit/cpu_kernel.c
 INSTALL := -m pip install --quiet --disable-pip-version-check

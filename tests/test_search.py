@@ -1,6 +1,10 @@
 """Search in a feature store: what is found by each mode, where on the page, and what lies on the disk for it."""
 
+import importlib.util
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -149,6 +153,14 @@ def test_reranked_takes_its_pages_from_the_shortlist(store: FeatureStore, maps: 
     shortlist = numbers(search(store, query, mode="pooled", top=5))
     by_late = [page for page in numbers(search(store, query, mode="late", top=30)) if page in shortlist]
     assert numbers(search(store, query, top=5, shortlist=5)) == by_late
+
+
+def test_an_index_elsewhere_can_give_the_shortlist(store: FeatureStore, maps: list[Tensor]) -> None:
+    among = [f"book.pdf#{page}" for page in (3, 21, 8)]
+    hits = search(store, query_of_page(store, "book.pdf#21"), mode="late", among=among)
+    assert sorted(numbers(hits)) == [3, 8]
+    with pytest.raises(ValueError, match="not 'pooled'"):
+        search(store, Query(maps[0]), mode="pooled", among=among)
 
 
 @pytest.mark.parametrize("number_of_pages", [1, 2])
@@ -330,3 +342,22 @@ def test_a_model_that_has_moved_is_asked_for(
     capsys.readouterr()
     assert command.main([str(moved), str(features.parent / "pages" / "4.png")]) == 2
     assert "'gone/away', cannot be loaded: give its place with --checkpoint" in capsys.readouterr().err
+
+
+# The documentation
+
+
+def test_the_documentation_s_python_runs(maps: list[Tensor], tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "search.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    has_faiss = importlib.util.find_spec("faiss") is not None
+    code = "\n".join(block for block in blocks if has_faiss or "faiss" not in block)
+    write_store(tmp_path / "features", [torch.cat([page, page], dim=2).repeat(1, 3, 3) for page in maps])
+    code = code.replace("path/to/features", "features") + "print(*(hit.page_id for hit in hits))\n" * has_faiss
+    # In a process of its own: FAISS brings an OpenMP of its own, and warns of its own bindings when it is imported.
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "book.pdf#0" not in result.stdout
+    assert result.stdout.count("book.pdf#") >= (10 if has_faiss else 5)
+    if not has_faiss:
+        pytest.skip("the recipe for FAISS needs faiss-cpu of the extra search, which this environment lacks")

@@ -90,6 +90,11 @@ class PooledVectors:
     def __len__(self) -> int:
         return int(self._vectors.get_shape()[0])
 
+    @property
+    def components(self) -> int:
+        """How many numbers a vector has."""
+        return int(self.projection.shape[1])
+
     def blocks(self) -> Iterator[Tensor]:
         """The vectors of all pages in the order of the index, (up to PAGES_PER_BLOCK, K) float32 at a time."""
         for start in range(0, len(self), PAGES_PER_BLOCK):

@@ -89,6 +89,7 @@ def search(
     mode: str = RERANKED,
     top: int = 10,
     shortlist: int = SHORTLIST_PAGES,
+    among: Iterable[str] | None = None,
     track: Track = iter,
 ) -> list[Hit]:
     """
@@ -101,16 +102,21 @@ def search(
             these similarities.
         "reranked": The `shortlist` best by "pooled", put into order by "late".
 
-    "cell" and "late" read the features of all pages, "reranked" those of the shortlist; each holds one page at a time.
-    `track` wraps the ids of the pages as they are read, to show the progress.
+    "cell" and "late" read the features of all pages, or of those `among` which to search, such as the shortlist of an
+    index elsewhere; "reranked" reads those of its shortlist. Each holds one page at a time. `track` wraps the ids of
+    the pages as they are read, to show the progress.
 
     Raises:
-        OSError, ValueError: As `pooled_vectors`; ValueError for a mode that is none and numbers below 1.
+        OSError, ValueError: As `pooled_vectors`; ValueError for a mode that is none, one that does not take `among`,
+            and numbers below 1.
+        KeyError: For a page `among` them that the store does not have.
     """
     if mode not in MODES:
         raise ValueError(f"There is no mode {mode!r} of search. Known: {', '.join(MODES)}.")
     if top < 1 or shortlist < 1:
         raise ValueError(f"At least one page must be wanted, got top={top} and shortlist={shortlist}.")
+    if among is not None and mode in (POOLED, RERANKED):
+        raise ValueError(f"Pages to search among are given with the modes {CELL!r} and {LATE!r}, not {mode!r}.")
     vectors = pooled_vectors(store, track)
     if mode in (POOLED, RERANKED):
         best = _best_pooled(store, vectors, query, max(top, shortlist) if mode == RERANKED else top)
@@ -118,7 +124,7 @@ def search(
             return best
         page_ids: Iterable[str] = [hit.page_id for hit in best]
     else:
-        page_ids = track(store)
+        page_ids = track(store if among is None else among)
     hits = _compare_cells(store, vectors, query, page_ids, mode)
     return heapq.nsmallest(top, hits, key=lambda hit: -hit.score)
 
