@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,20 @@ def test_an_onnx_file_of_full_width(side_px: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ImageEncoderViTModel(ImageEncoderViTConfig(num_hidden_layers=2, global_attn_indexes=[1])).eval()
     assert export_onnx(model, tmp_path / "encoder.onnx", (side_px, side_px)) <= BOUND
+
+
+@pytest.mark.skipif("LARGEST_ENCODER" not in os.environ, reason="needs 12 GB and minutes: LARGEST_ENCODER=1 runs it")
+def test_the_largest_encoder_takes_two_files(tmp_path: Path) -> None:
+    """SAM's ViT-H, 637 million parameters: by hand, `LARGEST_ENCODER=1 pytest tests/export_checks.py -k largest`."""
+    needs("onnx", "onnxscript", "onnxruntime")
+    config = ImageEncoderViTConfig(
+        hidden_size=1280,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        global_attn_indexes=[7, 15, 23, 31],
+        downsample_channels=[],
+    )
+    model = ImageEncoderViTModel(config).eval()
+    assert export_onnx(model, tmp_path / "encoder.onnx", (256, 256)) <= BOUND
+    assert (tmp_path / "encoder.onnx.data").stat().st_size > 2**31
+    assert (tmp_path / "encoder.onnx").stat().st_size < 2**26
