@@ -188,9 +188,9 @@ class DeepEncoderTowers(nn.Module):
         self.view_seperator = nn.Parameter(torch.zeros(projection_size))  # Spelt as published.
 
     @property
-    def stride(self) -> int:
-        """Side in px of the image area that one cell of the output stands for: 64."""
-        return self.sam_model.stride
+    def encoder(self) -> ImageEncoderViT:
+        """SAM's encoder by the name that the plain model has for it: its `stride`, 64 px, is that of the cells here."""
+        return self.sam_model
 
     def encode_views(self, pixel_values: Tensor, attn_implementation: str = "sdpa") -> tuple[Tensor, Tensor]:
         """
@@ -452,7 +452,7 @@ class DeepEncoderModel(StrictPreTrainedModel, DeepEncoderTowers):
         cells, sam_map = self.encode_views(pixel_values, self._attention_of_call(pixel_values, kwargs))
         return DeepEncoderModelOutput(
             last_hidden_state=cells,
-            pooler_output=mean_over_cells(cells, pixel_values, pixel_mask, self.stride),
+            pooler_output=mean_over_cells(cells, pixel_values, pixel_mask, self.sam_model.stride),
             patch_embeds=sam_map.flatten(2).transpose(1, 2),
             local_feature_maps=local_maps,
             vision_tokens=tuple(map(self.lay_out_tokens, cells, local_maps or (None,) * len(cells))),

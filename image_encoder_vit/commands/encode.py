@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from ..corpora.pictures import page_beside_features
 from ..image_geometry import Region, Size
 from ..image_processing_image_encoder_vit import open_image, to_rgb
+from ..modeling_deep_encoder import DeepEncoderModel
 from ..storage.atomic_file import atomic_file
 from ..support import message_of
 from .frame import ERROR_LINES, progress_bar, run_command
-from .loading import RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, choose_device, load_model, load_processor
+from .loading import NO_TOKENS, RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, choose_device, load_model, load_processor
 from .options import DTYPES, add_option, check_output, command_parser
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
@@ -28,7 +29,8 @@ MAX_PLOT_ROWS = 16
 class Encoded(NamedTuple):
     """
     One image's features (C, h, w) on the host, and what the processor said about its place on the canvas. `local` is
-    the stitched map of its tiles, None if it has none.
+    the stitched map of its tiles, None if it has none; `tokens` (n, C) what a decoder reads of it, None if the model
+    has none.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Encoded(NamedTuple):
     original_size: Size
     valid_region: Region
     local: torch.Tensor | None
+    tokens: torch.Tensor | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +53,8 @@ def encode(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     model = load_model(arguments.checkpoint, dtype, arguments.revision).to(device)
+    if arguments.tokens and not isinstance(model, DeepEncoderModel):
+        raise ValueError(NO_TOKENS)
     processor = load_processor(arguments.checkpoint, arguments.revision, preset=arguments.preset)
     if arguments.checkpoint is None:
         print(RANDOM_WEIGHTS_NOTICE)
@@ -69,7 +74,7 @@ def encode(arguments: argparse.Namespace) -> int:
             progress.update()
 
     if encoded:
-        write_features(encoded, arguments.output, arguments.checkpoint)
+        write_features(encoded, arguments.output, arguments.checkpoint, with_tokens=arguments.tokens)
         print(f"Wrote the features of {len(encoded)} image(s) to {arguments.output}")
         if arguments.plot:
             draw(encoded[:MAX_PLOT_ROWS], model.encoder.stride).save(arguments.plot)
@@ -87,6 +92,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_option(parser, "--output", metavar="FILE.safetensors", help="where features go")
     add_option(parser, "--overwrite")
     parser.add_argument("--no-pad", dest="pad", action="store_false", help="keep the aspect ratio without padding")
+    add_option(parser, "--tokens")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw each page beside its features")
     return parser.parse_args(argv)
 
@@ -134,18 +140,24 @@ def encode_image(path: Path, processor: Any, model: Any, *, do_pad: bool) -> tup
     top, left, valid_height, valid_width = inputs["valid_regions"][0].tolist()
     region = (top, left, valid_height, valid_width)
     local = local.cpu() if local is not None else None
-    return Encoded(str(path), page, features, (height, width), region, local), report
+    tokens = getattr(outputs, "vision_tokens", None)
+    if tokens is not None:
+        report += f", {len(tokens[0])} vision tokens"
+        tokens = tokens[0].cpu()
+    return Encoded(str(path), page, features, (height, width), region, local, tokens), report
 
 
-def write_features(encoded: list[Encoded], output: Path, checkpoint: str | None) -> None:
+def write_features(encoded: list[Encoded], output: Path, checkpoint: str | None, with_tokens: bool = False) -> None:
     """
     Writes one tensor (C, h, w) an image, named by its path, one more with ":tiles" after the name where it has tiles,
-    and where each image lies on its canvas as metadata.
+    one (n, C) with ":tokens" where they are wanted, and where each image lies on its canvas as metadata.
     """
     images = {e.name: {"original_size": e.original_size, "valid_region": e.valid_region} for e in encoded}
     metadata = {"images": json.dumps(images), "checkpoint": checkpoint or f"random weights, seed {RANDOM_SEED}"}
     tensors = {e.name: e.features.contiguous() for e in encoded}
     tensors |= {f"{e.name}:tiles": e.local.contiguous() for e in encoded if e.local is not None}
+    if with_tokens:
+        tensors |= {f"{e.name}:tokens": e.tokens.contiguous() for e in encoded if e.tokens is not None}
     with atomic_file(output) as partial:
         save_file(tensors, partial, metadata=metadata)
 

@@ -9,11 +9,18 @@ from transformers import AutoImageProcessor
 
 from ..configuration_image_encoder_vit import ImageEncoderViTConfig
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
+from ..modeling_deep_encoder import DeepEncoderModel
 from ..modeling_image_encoder_vit import ImageEncoderViTModel
 from ..support import message_of
 from .options import PROGRAM
 
+# What the commands encode with, by the `model_type` of config.json: both have maps in `last_hidden_state`.
+MODELS: dict[str, Any] = {model.config_class.model_type: model for model in (ImageEncoderViTModel, DeepEncoderModel)}
 RANDOM_SEED = 0
+NO_TOKENS = (
+    "--tokens needs the whole DeepEncoder, whose projector makes them: "
+    f"{PROGRAM} pull --part deep-encoder SOURCE FOLDER, then --checkpoint FOLDER."
+)
 RANDOM_WEIGHTS_NOTICE = (
     f"No --checkpoint given: using a full-size encoder with RANDOM weights (seed {RANDOM_SEED}).\n"
     "Its features mean nothing until real weights are used; see the README."
@@ -35,12 +42,12 @@ def load_model(checkpoint: str | None, dtype: torch.dtype | None = None, revisio
             model = ImageEncoderViTModel(ImageEncoderViTConfig())
         return model.to(dtype or torch.float32).eval()
     kind = ImageEncoderViTConfig.get_config_dict(checkpoint, revision=revision or "main")[0].get("model_type")
-    if kind != ImageEncoderViTConfig.model_type:
+    if kind not in MODELS:
         raise ValueError(
             f"{checkpoint!r} holds a model of type {kind!r}, not {ImageEncoderViTConfig.model_type!r}. If it has the "
             f"encoder inside, take it out first: {PROGRAM} pull {checkpoint} FOLDER"
         )
-    return ImageEncoderViTModel.from_pretrained(checkpoint, revision=revision or "main", dtype=dtype or "auto").eval()
+    return MODELS[kind].from_pretrained(checkpoint, revision=revision or "main", dtype=dtype or "auto").eval()
 
 
 def load_processor(checkpoint: str | None, revision: str | None = None, **settings: Any) -> Any:

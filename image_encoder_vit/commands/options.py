@@ -20,6 +20,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--device": {"default": "auto", "help": '"auto" (default: an accelerator before the CPU), "cpu", "cuda:1", ...'},
     "--dtype": {"choices": [*DTYPES], "help": "of the model; default: the checkpoint's"},
     "--preset": {"choices": [*PRESETS], "help": "views of each image; gundam adds tiles (default: the checkpoint's)"},
+    "--tokens": {
+        "action": "store_true",
+        "help": "of a DeepEncoder: keep the token sequence that its decoder reads too",
+    },
     "--output": {"required": True, "type": Path},
     "--overwrite": {"action": "store_true", "help": "replace the output where it exists"},
 }

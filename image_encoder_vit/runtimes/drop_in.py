@@ -39,7 +39,8 @@ ACCELERATE_ATTRIBUTES = ("_hf_hook", "_old_forward", "forward")
 @dataclass(frozen=True)
 class ReplacedEncoders:
     """
-    What `replace_sam_encoder` took out of `model`: `originals` by path, and the `replacements` that are there now.
+    What `replace_sam_encoder` took out of `model`: `originals` by path, and the `replacements` that are there now; and
+    of CLIP towers beside them, the `clip_linears` by path, in whose place this package's linear layers are.
 
     Both hold the same parameters, so the originals go on working, and training either trains both.
     """
@@ -47,6 +48,7 @@ class ReplacedEncoders:
     model: nn.Module
     originals: dict[str, nn.Module]
     replacements: dict[str, nn.Module]
+    clip_linears: dict[str, nn.Module]
 
     def undo(self) -> None:
         """
@@ -63,6 +65,16 @@ class ReplacedEncoders:
                     f"Modules inside {path!r} were exchanged since, as adapters do: the original would lack them. "
                     "Unload or merge them first."
                 )
+        for path, linear in self.clip_linears.items():
+            now = self.model.get_submodule(path)
+            if type(now) is not ImageEncoderViTLinear or _parameter_ids(now) != _parameter_ids(linear):
+                raise ValueError(
+                    f"{path!r} is not the linear layer that was put there, as with adapters: unload or merge them "
+                    "first."
+                )
+        for path, linear in self.clip_linears.items():
+            linear.training = self.model.get_submodule(path).training
+            _put(self.model, path, linear)
         for path, replacement in self.replacements.items():
             modules = dict(replacement.named_modules())
             for name, original in self.originals[path].named_modules():
@@ -76,9 +88,12 @@ def replace_sam_encoder(model: nn.Module) -> ReplacedEncoders:
     Replaces every SAM image encoder inside `model`, in place, by this package's over the same parameters, and returns
     what it replaced.
 
-    Takes SamModel, SamHQModel, GOT-OCR2, DeepSeek-OCR-2 and Unlimited-OCR of transformers, and by their structure the
-    modules of segment-anything and of the remote code of DeepSeek-OCR, GOT-OCR2 and Vary. Hooks on replaced modules
-    are copied; layers that are no plain `nn.Linear` (quantised, with adapters) are called as they are.
+    Takes SamModel, SamHQModel, GOT-OCR2, DeepSeek-OCR-2, Unlimited-OCR, SLANeXt, PP-FormulaNet and the high-resolution
+    tower of DeepseekVLHybrid of transformers, and by their structure the modules of segment-anything and of the remote
+    code of DeepSeek-OCR, GOT-OCR2 and Vary. Hooks on replaced modules
+    are copied; layers that are no plain `nn.Linear` (quantised, with adapters) are called as they are. Where a CLIP
+    tower reads the encoder's features, as in DeepSeek-OCR and Unlimited-OCR, its linear layers become this package's
+    too, which is all that differs in speed there.
 
     Raises:
         ValueError: If there is no such encoder, it is replaced already, it is the model itself, or it computes
@@ -86,9 +101,20 @@ def replace_sam_encoder(model: nn.Module) -> ReplacedEncoders:
     """
     originals = find_sam_encoders(model)
     replacements = {path: _drop_in_encoder(path, original) for path, original in originals.items()}
-    for path, replacement in replacements.items():
+    clip_linears = {path: layer for encoder in originals for path, layer in _clip_linears(model, encoder)}
+    for path, replacement in (replacements | {path: _linear(layer) for path, layer in clip_linears.items()}).items():
         _put(model, path, replacement)
-    return ReplacedEncoders(model, originals, replacements)
+    return ReplacedEncoders(model, originals, replacements, clip_linears)
+
+
+def _clip_linears(model: nn.Module, encoder_path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The plain linear layers, by path, of the CLIP tower beside an encoder; none where there is no such tower."""
+    parent, _, own_name = encoder_path.rpartition(".")
+    for name, sibling in model.get_submodule(parent).named_children():
+        if name != own_name and hasattr(sibling, "pre_layrnorm"):
+            for path, layer in sibling.named_modules(prefix=f"{parent}.{name}".lstrip(".")):
+                if type(layer) is nn.Linear and not _is_patched(layer):
+                    yield path, layer
 
 
 def find_sam_encoders(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from ..configuration_deep_encoder import DeepEncoderConfig
 from ..configuration_image_encoder_vit import ImageEncoderViTConfig
 from ..modeling_deep_encoder import STRANGERS, DeepEncoderModel
 from .inference import Shape
-from .naming import CONVOLUTIONS_OF_PROJECTOR, PROJECTOR, listed, weights_below
+from .naming import PROJECTOR, listed, weights_below
 
 SAM_PREFIX = "sam_model."
 PUBLISHED_NAME = re.compile(
@@ -82,7 +82,7 @@ def _instead(names: set[str], sam_prefix: str) -> str:
             "It is Unlimited-OCR as transformers holds it in memory, with CLIP's queries, keys and values apart: save "
             "the model by save_pretrained, which writes the published names, and pull from that folder."
         )
-    got = ("mm_projector_vary", *(PROJECTOR + name for name in CONVOLUTIONS_OF_PROJECTOR.values()))
+    got = ("mm_projector_vary", f"{PROJECTOR}conv_upsampler")
     if sam_prefix.startswith("model.vision_tower_high.") or any(part in name for part in got for name in names):
         return f"GOT-OCR2 and Vary hand SAM's features to one linear layer; there is no CLIP in them. {alone}"
     if any(name.startswith(("mask_decoder.", "prompt_encoder.")) for name in names) or "image_encoder." in sam_prefix:

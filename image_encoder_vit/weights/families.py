@@ -67,6 +67,26 @@ FAMILIES = (
         CLIP_STRETCHED,
         None,
     ),
+    Family(
+        "slanext",
+        "SLANeXt in transformers",
+        ("backbone.vision_tower.",),
+        TRANSFORMERS,
+        SEGMENT_ANYTHING,
+        None,
+        note="SLANeXt resizes images by a rounding of its own: SLANeXtImageProcessor of transformers makes its exact "
+        "pixels, the image processor here comes close.",
+    ),
+    Family(
+        "pp-formulanet",
+        "PP-FormulaNet in transformers",
+        ("model.encoder.",),
+        TRANSFORMERS,
+        CENTRED_ON_GREY | {"image_mean": [0.7931] * 3, "image_std": [0.1738] * 3, "padding_color": [0, 0, 0]},
+        None,
+        note="PP-FormulaNet crops the margins of a formula and enlarges nothing: PPFormulaNetImageProcessor of "
+        "transformers does, the image processor here does not.",
+    ),
     SAM,
     SAM._replace(
         name="sam-transformers",

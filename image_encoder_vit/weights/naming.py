@@ -67,10 +67,17 @@ TIMM = Naming("timm", {"mlp.lin1": "mlp.fc1", "mlp.lin2": "mlp.fc2"}, marker="bl
 DEEPSEEK_VL = Naming("deepseek-vl", {"net_2": "downsamples.0", "net_3": "downsamples.1"}, marker="downsamples.0.weight")
 MARKED_NAMINGS = (TRANSFORMERS, TIMM, DEEPSEEK_VL)
 
-# GOT-OCR2 in transformers keeps the two convolutions in its projector, beside the encoder.
-PROJECTING_TOWER = "vision_tower."
+# Models of transformers that keep the convolutions after the neck elsewhere than in the encoder: how the encoder's prefix
+# ends, what stands there instead, and their names below that.
 PROJECTOR = "multi_modal_projector."
-CONVOLUTIONS_OF_PROJECTOR = {"net_2.weight": "conv_upsampler1.weight", "net_3.weight": "conv_upsampler2.weight"}
+CONVOLUTIONS_ELSEWHERE: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+    # GOT-OCR2
+    ("vision_tower.", PROJECTOR, {"net_2.weight": "conv_upsampler1.weight", "net_3.weight": "conv_upsampler2.weight"}),
+    # SLANeXt
+    ("backbone.vision_tower.", "backbone.", {"net_2.weight": "post_conv.weight"}),
+    # PP-FormulaNet, whose projector is a child of the encoder
+    ("encoder.", f"encoder.{PROJECTOR}", {"net_2.weight": "conv1.weight", "net_3.weight": "conv2.weight"}),
+)
 
 
 def encoder_prefixes(names: Iterable[str]) -> list[str]:
@@ -99,11 +106,10 @@ def weights_below(names: Iterable[str], prefix: str) -> dict[str, str]:
             published = naming.to_published(name.removeprefix(prefix))
             if PUBLISHED_NAME.fullmatch(published):
                 weights[published] = name
-    if prefix.endswith(PROJECTING_TOWER):
-        projector = prefix.removesuffix(PROJECTING_TOWER) + PROJECTOR
-        for published, theirs in CONVOLUTIONS_OF_PROJECTOR.items():
-            if projector + theirs in known:
-                weights[published] = projector + theirs
+    for end, place, convolutions in CONVOLUTIONS_ELSEWHERE:
+        if prefix.endswith(end):
+            found = {ours: prefix.removesuffix(end) + place + theirs for ours, theirs in convolutions.items()}
+            weights |= {ours: name for ours, name in found.items() if name in known}
     return weights
 
 
