@@ -67,8 +67,8 @@ TIMM = Naming("timm", {"mlp.lin1": "mlp.fc1", "mlp.lin2": "mlp.fc2"}, marker="bl
 DEEPSEEK_VL = Naming("deepseek-vl", {"net_2": "downsamples.0", "net_3": "downsamples.1"}, marker="downsamples.0.weight")
 MARKED_NAMINGS = (TRANSFORMERS, TIMM, DEEPSEEK_VL)
 
-# Models of transformers that keep the convolutions after the neck elsewhere than in the encoder: how the encoder's prefix
-# ends, what stands there instead, and their names below that.
+# Models of transformers that keep the convolutions after the neck elsewhere than in the encoder: the end of the
+# encoder's prefix, what stands in its place, and their names below that.
 PROJECTOR = "multi_modal_projector."
 CONVOLUTIONS_ELSEWHERE: tuple[tuple[str, str, Mapping[str, str]], ...] = (
     # GOT-OCR2
