@@ -207,7 +207,7 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 def call(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    from image_encoder_vit.storage.http_ranges import RetryPolicy
+    from image_encoder_vit.storage.retries import RetryPolicy
     from image_encoder_vit.weights import push as push_module
     from image_encoder_vit.weights.pull import pull
 
@@ -217,8 +217,30 @@ def call(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
     push = push_module.push
     if "retry" in arguments:
         arguments["retry"] = RetryPolicy(**arguments["retry"])
-    functions = {"pull": pull, "push": push, "push_checked_before": push, "nothing": lambda: _Nothing()}
+    if arguments.pop("is_offline", False):
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    functions = {
+        "command": _command,
+        "pull": pull,
+        "push": push,
+        "push_checked_before": push,
+        "nothing": lambda: _Nothing(),
+    }
     return functions[function](**arguments)._asdict()
+
+
+class _Status(NamedTuple):
+    """How a command ended."""
+
+    status: int
+
+
+def _command(argv: list[str]) -> _Status:
+    from image_encoder_vit.commands import main
+
+    return _Status(main(argv))
 
 
 class _Nothing(NamedTuple):

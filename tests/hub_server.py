@@ -3,14 +3,14 @@ A Hub for tests, on loopback, with the standard library only: the endpoints that
 and read model repositories, by the git LFS protocol. Large files are redirected to signed addresses on a second origin,
 which refuses any Authorization header.
 
-Faults can be put into its answers. It logs every request, so that tests can count bytes and look for the token.
+Faults (see `hub_faults`) can be put into its answers. It logs every request, so that tests can count bytes and look for
+the token.
 """
 
 import base64
 import hashlib
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +21,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hub_faults import (
+    INSTEAD_OF_REPLIES,
+    SEND_BYTES,
+    Fault,
+    FileReply,
+    break_connection,
+    changed,
+    honest,
+)
+
 WRITE_TOKEN = "hf_xWriteTokenOfTheTests"
 READ_TOKEN = "hf_xReadTokenOfTheTests"
 LFS_THRESHOLD_BYTES = 20_000
-SEND_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -52,28 +61,6 @@ class Repository:
 
     def resolve(self, revision: str) -> str | None:
         return revision if revision in self.commits else self.refs.get(revision)
-
-
-@dataclass
-class Fault:
-    """
-    What goes wrong with the next `count` requests that match.
-
-    `kind` is one of: "cut" (the connection breaks after `part` of the body), "short" (the body ends there, without an
-    error), "status" (`status`, with `retry_after_s`), "stall" (nothing comes after `part` for `seconds`), "slow" (the
-    body takes `seconds` longer), "wrong_range" (Content-Range of other bytes), "whole" (200 instead of 206),
-    "expired" (403 as for an old signature), "other_bytes" (the right headers, a body that is too long).
-    """
-
-    kind: str
-    origin: str = "storage"
-    method: str = "GET"
-    path: str = ""
-    count: int = 1
-    part: float = 0.5
-    status: int = 500
-    retry_after_s: int | None = None
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,11 +163,7 @@ class HubServer:
 
     def take_fault(self, origin: str, method: str, target: str) -> Fault | None:
         with self.lock:
-            for fault in self.faults:
-                if fault.origin == origin and fault.method == method and fault.path in target and fault.count > 0:
-                    fault.count -= 1
-                    return fault
-        return None
+            return next((fault for fault in self.faults if fault.meets(origin, method, target)), None)
 
     def sign(self, oid: str) -> str:
         with self.lock:
@@ -234,10 +217,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.before_request(self.origin, self.command, self.path)
         self.fault = self.hub.take_fault(self.origin, self.command, self.path)
         try:
-            if self.fault is not None and self.fault.kind in ("status", "expired"):
-                status = 403 if self.fault.kind == "expired" else self.fault.status
-                wish = self.fault.retry_after_s
-                self.reply(status, b"no", headers={} if wish is None else {"Retry-After": str(wish)})
+            if self.fault is not None and self.fault.kind in INSTEAD_OF_REPLIES:
+                INSTEAD_OF_REPLIES[self.fault.kind](self.fault, self)
             else:
                 self.route()
             self.wfile.flush()
@@ -278,58 +259,47 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply_with_file(self, blob: Blob, headers: dict[str, str]) -> None:
         """Sends a file or the range asked for, with the fault of this request."""
-        fault = self.fault or Fault("none")
         start, end, status = 0, blob.size, 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and self.hub.supports_ranges and fault.kind != "whole":
+        if asked and self.hub.supports_ranges:
             start, end, status = int(asked[1]), min(int(asked[2] or blob.size) + 1, blob.size), 206
             if start >= blob.size:
                 self.reply(416, b"", {"Content-Range": f"bytes */{blob.size}"})
                 return
-        size = end - start
-        cut_at = int(size * fault.part)
-        claimed = cut_at if fault.kind == "short" else size
-        extra = 100 if fault.kind == "other_bytes" else 0
-        self.status = status
-        self.send_response(status)
-        self.send_header("Content-Length", str(claimed + extra))
+        reply = changed(self.fault, honest(status, start, end, blob.size))
+        self.status = reply.status
+        self.send_response(reply.status)
+        self.send_header("Content-Length", str(reply.claimed))
         if self.hub.supports_ranges:
             self.send_header("Accept-Ranges", "bytes")
-        if status == 206:
-            moved = 1000 if fault.kind == "wrong_range" else 0
-            self.send_header("Content-Range", f"bytes {start + moved}-{end + moved - 1}/{blob.size}")
+        if reply.status == 206:
+            first, last = reply.start + reply.moved, reply.end + reply.moved - 1
+            self.send_header("Content-Range", f"bytes {first}-{last}/{reply.total}")
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "HEAD":
-            return
+        if self.command != "HEAD":
+            self._send(blob, reply)
+
+    def _send(self, blob: Blob, reply: FileReply) -> None:
+        left = reply.sent
         with blob.path.open("rb") as file:
-            file.seek(start)
-            self._send(file, min(claimed, cut_at) if fault.kind in ("cut", "stall") else claimed)
-            if fault.kind == "slow":
-                self.wfile.flush()
-            if fault.kind == "stall":
-                self.wfile.flush()
-                self.hub.is_stopping.wait(fault.seconds)
-            if extra:
-                self.wfile.write(b"x" * extra)
-            if fault.kind in ("cut", "stall"):
-                self._break_connection()
-
-    def _send(self, file: Any, size: int) -> None:
-        pause_s = self.fault.seconds / (size / SEND_BYTES + 1) if self.fault and self.fault.kind == "slow" else 0
-        while size > 0 and (piece := file.read(min(SEND_BYTES, size))):
-            self.wfile.write(piece)
-            self.sent_bytes += len(piece)
-            size -= len(piece)
-            if pause_s:
-                self.wfile.flush()
-                time.sleep(pause_s)
-
-    def _break_connection(self) -> None:
-        self.wfile.flush()
-        self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+            file.seek(reply.start)
+            while left > 0 and (piece := file.read(min(SEND_BYTES, left))):
+                left -= len(piece)
+                if reply.flips and left == 0:
+                    piece = piece[:-1] + bytes([piece[-1] ^ 1])
+                self.wfile.write(piece)
+                self.sent_bytes += len(piece)
+                if reply.pause_s:
+                    self.wfile.flush()
+                    time.sleep(reply.pause_s)
+        if reply.stall_s:
+            self.wfile.flush()
+            self.hub.is_stopping.wait(reply.stall_s)
+        self.wfile.write(reply.extra)
+        if reply.breaks:
+            break_connection(self)
 
 
 class StorageHandler(Handler):

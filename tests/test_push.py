@@ -14,7 +14,8 @@ import torch
 from builders import REMOTE_CODE
 from checkpoints import RECIPES, encoder_weights, folder_files, write_checkpoint
 from hub_client import Call, Worker, client_environment, run_script
-from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
+from hub_faults import Fault
+from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file

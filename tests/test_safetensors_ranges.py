@@ -64,7 +64,7 @@ HOSTILE = {
     "a gap": (file_of({"a": entry(), "b": entry(offsets=[16, 24])}, 24), "leaves a gap"),
     "bytes left over": (file_of({"a": entry()}, 9), "damaged"),
     "cut off": (file_of({"a": entry()}, 7), "damaged"),
-    "unknown dtype": (file_of({"a": entry(dtype="F31")}, 8), "unknown dtype 'F31'"),
+    "unknown dtype": (file_of({"a": entry(dtype="F3 1")}, 8), "unknown dtype 'F3 1'"),
     "no text dtype": (file_of({"a": entry(dtype=["F32"])}, 8), "unknown dtype"),
     "wrong dtype": (file_of({"a": entry(dtype="F16")}, 8), r"claims F16 of shape \[2\], 4 bytes"),
     "overflowing shape": (file_of({"a": entry(shape=[1 << 62] * 4)}, 8), "bytes, but its data_offsets"),

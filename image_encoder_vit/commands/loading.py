@@ -12,6 +12,7 @@ from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPi
 from ..modeling_deep_encoder import DeepEncoderModel
 from ..modeling_image_encoder_vit import ImageEncoderViTModel
 from ..support import message_of
+from ..weights.sources import check_exists
 from .options import PROGRAM
 
 # What the commands encode with, by the `model_type` of config.json: both have maps in `last_hidden_state`.
@@ -41,6 +42,7 @@ def load_model(checkpoint: str | None, dtype: torch.dtype | None = None, revisio
             torch.manual_seed(RANDOM_SEED)
             model = ImageEncoderViTModel(ImageEncoderViTConfig())
         return model.to(dtype or torch.float32).eval()
+    check_exists(checkpoint, revision)
     kind = ImageEncoderViTConfig.get_config_dict(checkpoint, revision=revision or "main")[0].get("model_type")
     if kind not in MODELS:
         raise ValueError(
@@ -61,6 +63,7 @@ def load_processor(checkpoint: str | None, revision: str | None = None, **settin
     check_revision(checkpoint, revision)
     if checkpoint is None:
         return ImageEncoderViTImageProcessorPil(**settings)
+    check_exists(checkpoint, revision)
     return AutoImageProcessor.from_pretrained(checkpoint, revision=revision or "main", backend="pil", **settings)
 
 

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..support import visible
 from ..weights.layouts import ENCODER_PART, PARTS
 from ..weights.pull import pull
 from .frame import run_command
@@ -27,12 +28,13 @@ def pull_encoder(arguments: argparse.Namespace) -> int:
         token=arguments.token,
         dtype=arguments.dtype,
         full_download=arguments.full_download,
+        verify=arguments.verify,
         filename=arguments.filename,
         prefix=arguments.prefix,
         part=arguments.part,
     )
     for notice in pulled.notices:
-        print(f"note: {notice}", file=sys.stderr)
+        print(f"note: {visible(notice)}", file=sys.stderr)
     commit = f" at commit {pulled.commit}" if pulled.commit else ""
     print(f"{arguments.source}{commit}: layout {pulled.layout}, prefix {pulled.prefix!r}")
     if pulled.requests:
@@ -52,6 +54,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_option(parser, "--dtype", help="of the weights; default: the source's")
     parser.add_argument(
         "--full-download", action="store_true", help="download whole files into the cache, not the encoder's part only"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="download whole files, and compare their digests with those that the Hub states; a local file's with the "
+        "published one's",
     )
     parser.add_argument("--filename", help="which file, where the source has several checkpoints")
     parser.add_argument(

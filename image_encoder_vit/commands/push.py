@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..support import visible
 from ..weights.export import export_weights
 from ..weights.layouts import EXPORT_LAYOUTS
 from ..weights.native_folder import export_native_folder
@@ -48,13 +49,14 @@ def push_encoder(arguments: argparse.Namespace) -> int:
 def report(pushed: Pushed, is_dry_run: bool) -> None:
     """Prints what was published, or would be."""
     for name, size in pushed.files.items():
-        print(f"{size:>13,} bytes  {name}")
+        print(f"{size:>13,} bytes  {visible(name)}")
     if pushed.left_out:
-        print(f"Left out: {', '.join(pushed.left_out)}")
+        print(f"Left out: {', '.join(map(visible, pushed.left_out))}")
     for notice in pushed.notices:
-        print(f"note: {notice}", file=sys.stderr)
+        print(f"note: {visible(notice)}", file=sys.stderr)
     if is_dry_run:
-        print(f"\nREADME.md:\n\n{pushed.card}")
+        card = "\n".join(map(visible, pushed.card.splitlines()))
+        print(f"\nREADME.md:\n\n{card}\n")
         print("Dry run: nothing was sent.")
     else:
         print(f"{pushed.url} at commit {pushed.commit}, tag {pushed.revision}")

@@ -4,32 +4,29 @@ Reads parts of a Hub file over HTTP, and gives either exactly the bytes asked fo
 Every attempt starts at the Hub's own address, so that it gets a fresh signature for the storage behind it; the HTTP
 client drops the token when it follows the redirect there. What a broken connection has already delivered is kept, and
 the next attempt asks for the rest.
+
+Exactly the bytes asked for means: as many, from that place, of that file at that commit, as the server says it sends
+them. There is no checksum for a part of a file: bits that are flipped on the way behind TLS' back are not seen here.
 """
 
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event, Lock
 from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import get_session, hf_raise_for_status
-from huggingface_hub.errors import HfHubHTTPError
 
-# The client library under huggingface_hub has changed its name (httpx, httpx2), its base exception is found by this.
-HttpError: Any = HfHubHTTPError.__bases__[0]
+from ..support import visible
+from .http_faults import TRANSIENT_STATUS, retry_after_s, told_apart
+from .retries import MIN_PROGRESS_BYTES, Pace, PassingFault, RetryPolicy, TransferError, paced, repeat
 
-TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 # Whole bodies sent in place of a range before ranges count as unsupported: one may be a proxy's hiccup.
 MAX_WHOLE_BODIES = 3
-# A connection that was cut counts as a failure unless it brought this much, or retrying could go on for ever.
-MIN_PROGRESS_BYTES = 64 << 10
-
-
-class TransferError(OSError):
-    """Bytes could not be fetched although they were asked for again and again."""
+# Of the storage behind the Hub these may mean a signature that has expired.
+STORAGE_REFUSALS = (400, 401, 403, 404, 410)
 
 
 class RangesUnsupported(OSError):
@@ -40,19 +37,8 @@ class TransferStopped(OSError):
     """The transfer was stopped because another one failed."""
 
 
-@dataclass(frozen=True)
-class RetryPolicy:
-    """
-    When to ask again. The wait doubles from `first_wait_s` to `max_wait_s`, in seconds, with each failure that brought
-    no byte; after `max_failures` of those in a row the transfer fails. A server's Retry-After is obeyed up to
-    `max_retry_after_s`. `timeout_s` is how long a connection may deliver nothing.
-    """
-
-    max_failures: int = 6
-    first_wait_s: float = 0.5
-    max_wait_s: float = 8.0
-    max_retry_after_s: float = 120.0
-    timeout_s: float = 10.0
+class WholeBody(PassingFault):
+    """Status 200 where 206 was asked for."""
 
 
 class Traffic:
@@ -69,14 +55,6 @@ class Traffic:
             self.body_bytes += body_bytes
 
 
-class _Failure(Exception):
-    """One attempt failed in a way that another may not. `wait_s` is the server's own wish."""
-
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
-
-
 @dataclass(frozen=True)
 class HubFile:
     """
@@ -88,7 +66,7 @@ class HubFile:
     headers: dict[str, str]
     commit: str
     traffic: Traffic
-    retry: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     def read_whole(self, max_bytes: int) -> bytes:
         """
@@ -98,22 +76,20 @@ class HubFile:
             ValueError: If it is larger than `max_bytes`.
             OSError: If the Hub refuses, or the transfer keeps failing.
         """
-        body = bytearray()
 
-        def attempt() -> bool:
-            body.clear()
-            with self._request({}) as response:
+        def attempt() -> bytes:
+            body = bytearray()
+            with paced(lambda: self.exchange({}), Pace(self.retry.window_s)) as pieces:
+                response = next(pieces)
                 if response.status_code != 200:
-                    raise _Failure(f"unexpected status {response.status_code}")
-                for chunk in response.iter_raw():
-                    self.traffic.add(body_bytes=len(chunk))
-                    body.extend(chunk)
+                    raise PassingFault(f"unexpected status {response.status_code}")
+                for piece in pieces:
+                    body += piece
                     if len(body) > max_bytes:
-                        raise ValueError(f"{self._shown} is larger than the {max_bytes} bytes accepted.")
-            return False
+                        raise ValueError(f"{self.shown} is larger than the {max_bytes} bytes accepted.")
+            return bytes(body)
 
-        self._retry(attempt, lambda: True)
-        return bytes(body)
+        return repeat(attempt, self.retry, f"Cannot fetch {self.shown}")
 
     def read_start(self, wanted_bytes: int) -> tuple[bytes, int]:
         """
@@ -124,30 +100,10 @@ class HubFile:
             RangesUnsupported: If the server does not send ranges.
             OSError: As `read_whole`.
         """
-        body = bytearray()
-        known_total: int | None = None
-
-        def is_finished() -> bool:
-            return known_total is not None and len(body) == min(wanted_bytes, known_total)
-
-        def attempt() -> bool:
-            nonlocal known_total
-            start = len(body)
-            with self._request({"Range": f"bytes={start}-{wanted_bytes - 1}"}) as response:
-                first, last, total = parse_content_range(response)
-                if first != start or last != min(wanted_bytes, total) - 1 or known_total not in (None, total):
-                    raise _Failure(f"asked for bytes {start}-{wanted_bytes - 1}, got {first}-{last} of {total}")
-                known_total = total
-                for chunk in response.iter_raw():
-                    self.traffic.add(body_bytes=len(chunk))
-                    if len(body) + len(chunk) > last + 1:
-                        raise _Failure("the body is longer than its range")
-                    body.extend(chunk)
-            return is_finished() or len(body) - start >= MIN_PROGRESS_BYTES
-
-        self._retry(attempt, is_finished)
-        assert known_total is not None
-        return bytes(body), known_total
+        download = Download(self, 0, wanted_bytes)
+        start = b"".join(download.pieces())
+        assert download.total is not None
+        return start, download.total
 
     def read_range(
         self, start: int, end: int, total: int, write: Callable[[bytes], None], stop: Event | None = None
@@ -161,129 +117,139 @@ class HubFile:
             TransferStopped: If `stop` was set.
             OSError: As `read_whole`.
         """
-        position = start
-
-        def attempt() -> bool:
-            nonlocal position
-            attempt_start = position
-            with self._request({"Range": f"bytes={position}-{end - 1}"}) as response:
-                if parse_content_range(response) != (position, end - 1, total):
-                    seen = response.headers.get("Content-Range")
-                    raise _Failure(f"asked for bytes {position}-{end - 1} of {total}, got {seen!r}")
-                try:
-                    for chunk in response.iter_raw():
-                        if stop is not None and stop.is_set():
-                            raise TransferStopped("Another part of the transfer failed.")
-                        self.traffic.add(body_bytes=len(chunk))
-                        if len(chunk) > end - position:
-                            raise _Failure("the body is longer than its range")
-                        write(chunk)
-                        position += len(chunk)
-                except HttpError as error:
-                    if position - attempt_start >= MIN_PROGRESS_BYTES:
-                        return True
-                    raise _Failure(describe(error)) from None
-            return position == end or position - attempt_start >= MIN_PROGRESS_BYTES
-
-        self._retry(attempt, lambda: position == end, stop=stop)
+        for piece in Download(self, start, end, total, stop).pieces():
+            write(piece)
 
     @property
-    def _shown(self) -> str:
+    def shown(self) -> str:
         """The address without anything that could be a secret."""
-        return urlsplit(self.url)._replace(query="", fragment="").geturl()
+        address = urlsplit(self.url)
+        return address._replace(query="", fragment="", netloc=address.netloc.rpartition("@")[2]).geturl()
 
-    @contextmanager
-    def _request(self, headers: dict[str, str]) -> Iterator[Any]:
-        """One GET. Raises `_Failure` for statuses that may pass, and the Hub's own errors for those that will not."""
+    def exchange(self, headers: dict[str, str]) -> Iterator[Any]:
+        """
+        One GET: yields the response once its headers are there and right, and then its body in pieces.
+
+        Raises:
+            PassingFault: For faults and statuses that may pass.
+            OSError: huggingface_hub's own errors for statuses that will not, and `TransferError` for such faults.
+            ValueError: If the file has no such bytes.
+        """
         self.traffic.add(requests=1)
-        with get_session().stream(
-            "GET",
-            self.url,
-            headers={**self.headers, "Accept-Encoding": "identity", **headers},
-            timeout=self.retry.timeout_s,
-            follow_redirects=True,
-        ) as response:
-            status = response.status_code
-            if status in TRANSIENT_STATUS:
-                raise _Failure(f"status {status}", retry_after_s(response.headers.get("Retry-After")))
-            if status == 416:
-                raise ValueError(
-                    f"{self._shown} is empty, or shorter than it says: it has no bytes where some must be."
-                )
-            if status >= 400:
-                is_storage = urlsplit(str(response.url)).netloc != urlsplit(self.url).netloc
-                if is_storage and status in (400, 401, 403, 404, 410):
-                    raise _Failure(f"status {status} from the storage behind the Hub: has the signature expired?")
-                response.read()
-                hf_raise_for_status(response)
-            self._check_commit([*response.history, response])
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise _Failure(f"the body is compressed: {response.headers['Content-Encoding']}")
+        secrets = tuple(filter(None, [self.headers.get("authorization", "").removeprefix("Bearer ")]))
+        with (
+            told_apart(secrets, f"Cannot fetch {self.shown}"),
+            get_session().stream(
+                "GET",
+                self.url,
+                headers={**self.headers, "Accept-Encoding": "identity", **headers},
+                timeout=self.retry.timeout_s,
+                follow_redirects=True,
+            ) as response,
+        ):
+            self._check_response(response)
             yield response
+            for piece in response.iter_raw():
+                self.traffic.add(body_bytes=len(piece))
+                yield piece
 
-    def _check_commit(self, responses: list[Any]) -> None:
-        for response in responses:
-            served = response.headers.get("X-Repo-Commit")
+    def _check_response(self, response: Any) -> None:
+        status = response.status_code
+        if status in TRANSIENT_STATUS:
+            raise PassingFault(f"status {status}", retry_after_s(response.headers.get("Retry-After")))
+        if status == 416:
+            raise ValueError(f"{self.shown} is empty, or shorter than it says: it has no bytes where some must be.")
+        if status >= 400:
+            is_storage = urlsplit(str(response.url)).netloc != urlsplit(self.url).netloc
+            if is_storage and status in STORAGE_REFUSALS:
+                raise PassingFault(f"status {status} from the storage behind the Hub: has the signature expired?")
+            response.read()
+            hf_raise_for_status(response)
+        for answer in (*response.history, response):
+            served = answer.headers.get("X-Repo-Commit")
             if served is not None and served != self.commit:
-                raise TransferError(f"{self._shown} was asked for at commit {self.commit}, but {served} is served.")
+                raise TransferError(
+                    f"{self.shown} was asked for at commit {self.commit}, but {visible(served)} is served."
+                )
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise PassingFault(f"the body is compressed: {visible(encoding)}")
 
-    def _retry(self, attempt: Callable[[], bool], is_finished: Callable[[], bool], stop: Event | None = None) -> None:
-        """Repeats `attempt`, which returns whether it brought enough bytes that are kept, until `is_finished`."""
+
+class Download:
+    """
+    The bytes `position` to `end` of a file, over as many requests as it takes. `total` is the size of the whole file,
+    None until an answer has told it; `end` may lie behind it then.
+    """
+
+    def __init__(
+        self, file: HubFile, position: int, end: int, total: int | None = None, stop: Event | None = None
+    ) -> None:
+        self._file = file
+        self._position = position
+        self._end = end
+        self._stop = stop
+        self.total = total
+
+    def pieces(self) -> Iterator[bytes]:
+        """
+        The bytes in order and each once.
+
+        Raises:
+            OSError: As `HubFile.read_range`.
+        """
         failures = whole_bodies = 0
-        while True:
-            wish_s = None
+        while self.total is None or self._position < min(self._end, self.total):
+            start = self._position
+            fault = PassingFault("the connection was cut")
             try:
-                made_progress = attempt()
-                if is_finished():
-                    return
-                failures = 0 if made_progress else failures + 1
-                reason = "the connection was cut"
-            except _WholeBody:
-                whole_bodies += 1
-                if whole_bodies >= MAX_WHOLE_BODIES:
-                    raise RangesUnsupported(f"The server sends {self._shown} whole instead of in ranges.") from None
-                failures, reason = failures + 1, "whole body instead of a range"
-            except _Failure as failure:
-                failures, reason, wish_s = failures + 1, str(failure), failure.wait_s
-            except HfHubHTTPError:
-                raise
-            except HttpError as error:
-                failures, reason = failures + 1, describe(error)
-            if failures > self.retry.max_failures:
-                raise TransferError(f"Cannot fetch {self._shown}: {reason}, {failures} times in a row.")
-            self._wait(failures, wish_s, stop)
+                yield from self._attempt()
+            except PassingFault as seen:
+                fault = seen
+            whole_bodies += isinstance(fault, WholeBody)
+            if whole_bodies >= MAX_WHOLE_BODIES:
+                raise RangesUnsupported(f"The server sends {self._file.shown} whole instead of in ranges.")
+            if self.total is not None and self._position == min(self._end, self.total):
+                return
+            failures = 0 if self._position - start >= MIN_PROGRESS_BYTES else failures + 1
+            if failures > self._file.retry.max_failures:
+                raise TransferError(f"Cannot fetch {self._file.shown}: {fault}, {failures} times in a row.")
+            self._wait(self._file.retry.wait_s(failures, fault.retry_after_s))
 
-    def _wait(self, failures: int, wish_s: float | None, stop: Event | None) -> None:
-        wait_s = min(self.retry.max_wait_s, self.retry.first_wait_s * 2.0 ** max(0, failures - 1))
-        if wish_s is not None:
-            wait_s = min(self.retry.max_retry_after_s, max(wish_s, wait_s))
-        if stop is None:
-            time.sleep(wait_s)
-        elif stop.wait(wait_s):
+    def _attempt(self) -> Iterator[bytes]:
+        asked = f"{self._position}-{self._end - 1}"
+        with paced(lambda: self._file.exchange({"Range": f"bytes={asked}"}), Pace(self._file.retry.window_s)) as pieces:
+            first, last, total = parse_content_range(next(pieces))
+            if first != self._position or last != min(self._end, total) - 1 or self.total not in (None, total):
+                raise PassingFault(f"asked for bytes {asked}, got {first}-{last} of {total}")
+            self.total = total
+            for piece in pieces:
+                if self._stop is not None and self._stop.is_set():
+                    raise TransferStopped("Another part of the transfer failed.")
+                if len(piece) > last + 1 - self._position:
+                    raise PassingFault("the body is longer than its range")
+                self._position += len(piece)
+                yield piece
+
+    def _wait(self, seconds: float) -> None:
+        if self._stop is None:
+            time.sleep(seconds)
+        elif self._stop.wait(seconds):
             raise TransferStopped("Another part of the transfer failed.")
 
 
-class _WholeBody(Exception):
-    """Status 200 where 206 was asked for."""
-
-
 def parse_content_range(response: Any) -> tuple[int, int, int]:
-    """The first and last byte of a 206 response, and the size of the whole file."""
+    """
+    The first and last byte of a 206 response, and the size of the whole file.
+
+    Raises:
+        PassingFault: If it says none.
+    """
     if response.status_code == 200:
-        raise _WholeBody
-    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
+        raise WholeBody("whole body instead of a range")
+    seen = response.headers.get("Content-Range", "")
+    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", seen)
     if response.status_code != 206 or match is None:
-        seen = response.headers.get("Content-Range")
-        raise _Failure(f"status {response.status_code} with Content-Range {seen!r} instead of a range")
+        raise PassingFault(f"status {response.status_code} with Content-Range {seen!r} instead of a range")
     first, last, total = map(int, match.groups())
     return first, last, total
-
-
-def retry_after_s(header: str | None) -> float | None:
-    """Seconds of a Retry-After header, None if there is none or it is a date."""
-    return float(header) if header is not None and re.fullmatch(r"\d{1,6}(\.\d{1,3})?", header) else None
-
-
-def describe(error: Exception) -> str:
-    """A connection's error in a few words; some carry no message of their own."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -24,21 +24,23 @@ def check_free(output: Path) -> None:
     Checks that the folder can be made.
 
     Raises:
-        FileExistsError: If something is there already; an empty folder is accepted.
+        FileExistsError: If something is there already; an empty folder is accepted, a link to one is not.
     """
+    if output.is_symlink():
+        raise FileExistsError(f"{str(output)!r} is a link, which cannot become a folder: give the place it leads to.")
     if output.is_dir() and not any(output.iterdir()):
         return
-    if output.exists() or output.is_symlink():
+    if output.exists():
         raise FileExistsError(f"{str(output)!r} exists already: remove it, or choose another folder.")
 
 
-def unfinished_path(output: Path) -> Path:
-    """Where the folder is filled."""
-    return output.parent / f".{output.name}.unfinished"
+def unfinished_path(output: Path, purpose: str = "unfinished") -> Path:
+    """Where the folder is filled. Commands with another `purpose` use another place, and leave this one alone."""
+    return output.parent / f".{output.name}.{purpose}"
 
 
 @contextmanager
-def unfinished_folder(output: Path) -> Iterator[Path]:
+def unfinished_folder(output: Path, purpose: str = "unfinished") -> Iterator[Path]:
     """
     The hidden folder beside `output` to work in, which may hold what an interrupted process has left. For as long as
     it is open no other process gets it.
@@ -46,19 +48,47 @@ def unfinished_folder(output: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: If `output` exists.
         BlockingIOError: If another process is making the same folder.
+        OSError: If a folder cannot be made or replaced there, for whatever reason `publish` would meet.
     """
-    folder = unfinished_path(output)
+    folder = unfinished_path(output, purpose)
     while True:
         check_free(output)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_be_made(output, error) from None
         lock = _try_lock(folder)
         if lock is not None:
             break
     try:
+        _check_replaceable(output, folder)
         yield folder
     finally:
         if lock >= 0:
             os.close(lock)
+
+
+def _check_replaceable(output: Path, folder: Path) -> None:
+    """
+    Does to an empty `output` what `publish` does at the end, with an empty folder: a mount point cannot be replaced.
+    One that does not exist needs no trial, as `folder`, of a longer name, could be made beside it.
+    """
+    if not output.is_dir():
+        return
+    trial = folder / "trial"
+    trial.mkdir(exist_ok=True)
+    try:
+        trial.rename(output)
+    except OSError as error:
+        trial.rmdir()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise _cannot_be_made(output, error) from None
+
+
+def _cannot_be_made(output: Path, error: OSError) -> OSError:
+    hint = " (is it a mount point? choose a folder in it)" if error.errno == errno.EBUSY else ""
+    return OSError(error.errno, f"The folder cannot be made: {error.strerror}{hint}", str(output))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ names that could be taken for paths and has a lower bound on the header.
 """
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -17,25 +18,18 @@ LENGTH_BYTES = 8
 # 16 MiB of JSON describe over 100,000 tensors and take about 100 MB as Python objects. The format allows 100 MB.
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 16
-BYTES_PER_VALUE = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "C64": 8,
+BITS_PER_VALUE = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+    **dict.fromkeys(("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
+# A dtype of a later version of the format: no reason to refuse a file for tensors that nobody asks for.
+DTYPE_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
+LFS_POINTER = b"version https://git-lfs"
 
 
 class TensorSpec(NamedTuple):
@@ -52,13 +46,25 @@ class TensorSpec(NamedTuple):
         return self.end - self.start
 
 
+def check_no_pointer(start: bytes, where: str) -> None:
+    """
+    Checks that a file, which begins with `start`, is not the few lines that Git leaves in place of a large one.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if len(start) >= LENGTH_BYTES and start[: len(LFS_POINTER)] == LFS_POINTER[: len(start)]:
+        raise ValueError(f"{where} is a Git LFS pointer, not the file itself: run `git lfs pull` where it lies.")
+
+
 def header_length(prefix: bytes, file_bytes: int, where: str) -> int:
     """
-    The length of the JSON header in bytes, from the first 8 bytes of a file of `file_bytes` bytes.
+    The length of the JSON header in bytes, from the first 8 bytes or more of a file of `file_bytes` bytes.
 
     Raises:
         ValueError: If the file cannot hold such a header, naming `where` it was read.
     """
+    check_no_pointer(prefix, where)
     if file_bytes < LENGTH_BYTES or len(prefix) < LENGTH_BYTES:
         raise ValueError(f"{where} is no safetensors file: it has {file_bytes} bytes, fewer than a header.")
     (length,) = struct.unpack("<Q", prefix[:LENGTH_BYTES])
@@ -110,16 +116,16 @@ def _parse_entry(name: str, entry: Any, data_start: int, where: str) -> TensorSp
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{tensor} must have dtype, shape and data_offsets, and nothing else.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BYTES_PER_VALUE:
+    if not isinstance(dtype, str) or not DTYPE_NAME.fullmatch(dtype):
         raise ValueError(f"{tensor} has the unknown dtype {_shown(dtype)}.")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{tensor} has no valid shape: {_shown(shape)}.")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{tensor} has no valid data_offsets: {_shown(offsets)}.")
-    claimed = prod(shape) * BYTES_PER_VALUE[dtype]
-    if claimed != offsets[1] - offsets[0]:
+    claimed_bits = prod(shape) * BITS_PER_VALUE[dtype] if dtype in BITS_PER_VALUE else None
+    if claimed_bits is not None and claimed_bits != 8 * (offsets[1] - offsets[0]):
         raise ValueError(
-            f"{tensor} claims {dtype} of shape {_shown(shape)}, {claimed:.4g} bytes, "
+            f"{tensor} claims {dtype} of shape {_shown(shape)}, {claimed_bits / 8:.4g} bytes, "
             f"but its data_offsets span {offsets[1] - offsets[0]:.4g}."
         )
     return TensorSpec(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
@@ -150,6 +156,11 @@ def _no_constants(constant: str) -> Any:
     raise ValueError(f"{constant} is no valid JSON")
 
 
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor of one of the format's dtypes."""
+    return prod(shape) * BITS_PER_VALUE[dtype] // 8
+
+
 def build_header(tensors: Mapping[str, tuple[str, Iterable[int]]]) -> tuple[bytes, list[str]]:
     """
     The beginning of a file that holds `tensors`, name to (dtype, shape): its bytes, length included, and the order in
@@ -161,7 +172,7 @@ def build_header(tensors: Mapping[str, tuple[str, Iterable[int]]]) -> tuple[byte
     position = 0
     for name in names:
         dtype, shape = tensors[name][0], list(tensors[name][1])
-        end = position + prod(shape) * BYTES_PER_VALUE[dtype]
+        end = position + tensor_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import BinaryIO, NamedTuple
 
-from transformers.utils import logging
+from tqdm import tqdm
 
 from .http_ranges import HubFile, TransferStopped
 from .safetensors_format import LENGTH_BYTES, TensorSpec, header_length, parse_header
@@ -144,9 +144,10 @@ class Staging:
                     continue  # The line that a kill cut off.
         return digests
 
-    def fetch(self, files: Mapping[str, HubFile], sizes: Mapping[str, int], max_workers: int = MAX_WORKERS) -> None:
+    def fetch(self, files: Mapping[str, HubFile], sizes: Mapping[str, int], max_workers: int = MAX_WORKERS) -> int:
         """
-        Fetches what is missing, several chunks at a time, showing a progress bar.
+        Fetches what is missing, several chunks at a time, showing a progress bar. Returns how many bytes were there
+        already.
 
         Raises:
             OSError: If a chunk cannot be fetched or written; what is complete stays for another try.
@@ -156,7 +157,7 @@ class Staging:
         left_bytes = sum(chunk.end - chunk.start for chunk in missing)
         stop = Event()
         with (
-            logging.tqdm(
+            tqdm(
                 total=total_bytes, initial=total_bytes - left_bytes, unit="B", unit_scale=True, desc="Encoder weights"
             ) as progress,
             ThreadPoolExecutor(max_workers) as pool,
@@ -191,6 +192,7 @@ class Staging:
         errors.sort(key=lambda error: isinstance(error, TransferStopped))
         if errors:
             raise errors[0]
+        return total_bytes - left_bytes
 
 
 def _digest(file: BinaryIO, chunk: Chunk) -> str:

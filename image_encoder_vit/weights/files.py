@@ -2,14 +2,17 @@
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 
-from ..storage.safetensors_format import TensorSpec, no_duplicates, read_header
+from ..storage.safetensors_format import TensorSpec, check_no_pointer, no_duplicates, read_header
+from ..support import message_of, visible
 from .inference import Shape
+from .naming import listed
 
 MAX_INDEX_BYTES = 16 << 20
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
@@ -124,22 +127,56 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If the restricted loader refuses the file, or it holds anything but tensors by name.
     """
+    with path.open("rb") as file:
+        check_no_pointer(file.read(64), repr(path.name))
+    check_archive(path)
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError):
             # Files older than torch 1.6 are no zip archives, and cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+    except (
+        pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError, TypeError,
+        IndexError, OverflowError, MemoryError, RecursionError,
+    ) as error:  # fmt: skip
         raise ValueError(
-            f"{path.name!r} is no file of plain tensors, or is damaged; it was not unpickled: {reason[0][:200]}"
+            f"{path.name!r} is no file of plain tensors, or is damaged; it was not unpickled: {message_of(error)[:200]}"
         ) from None
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
     ):
         raise ValueError(f"{path.name!r} does not hold tensors by name, but {type(content).__name__}.")
+    for name, tensor in content.items():
+        # A view may repeat one value any number of times, and is copied in full when it is written.
+        if tensor.numel() * tensor.element_size() > path.stat().st_size:
+            raise ValueError(
+                f"{path.name!r} claims a tensor {visible(name)[:100]!r} of shape {tuple(tensor.shape)}, which is "
+                "larger than the whole file."
+            )
     return dict(content)
+
+
+def check_archive(path: Path) -> None:
+    """
+    Checks that a file of torch.save, where it is a zip archive, unpacks to no more than its own size: torch stores its
+    records uncompressed, so that they can be mapped into memory.
+
+    Raises:
+        ValueError: If it unpacks to more.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked_bytes = sum(record.file_size for record in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError) as error:
+        raise ValueError(f"{path.name!r} is a damaged zip archive: {message_of(error)[:200]}") from None
+    if unpacked_bytes > path.stat().st_size:
+        raise ValueError(
+            f"{path.name!r} is a compressed archive that unpacks from {path.stat().st_size:,} to {unpacked_bytes:,} "
+            "bytes; torch.save does not compress. Load it where you trust it, and save it again."
+        )
 
 
 class CheckpointFile(NamedTuple):
@@ -170,7 +207,7 @@ def select_checkpoint(names: Iterable[str], filename: str | None, where: str) ->
     names = sorted(names)
     if filename is not None:
         if filename not in names:
-            raise ValueError(f"{where} has no file {filename!r}. It has: {', '.join(names[:20])}.")
+            raise ValueError(f"{where} has no file {filename!r}. It has: {listed(names)}.")
         if not filename.endswith(FORMATS):
             raise ValueError(f"{filename!r} is no checkpoint: those end in {', '.join(FORMATS)}.")
         return CheckpointFile(filename)
@@ -181,11 +218,11 @@ def select_checkpoint(names: Iterable[str], filename: str | None, where: str) ->
     for suffix in FORMATS:
         found = [name for name in top if name.endswith(suffix)]
         if len(found) > 1:
-            raise ValueError(f"{where} has several checkpoints: {', '.join(found)}. Choose one by --filename.")
+            raise ValueError(f"{where} has several checkpoints: {listed(found)}. Choose one by --filename.")
         if found:
             return CheckpointFile(found[0])
     nested = [name for name in names if name.endswith(FORMATS)]
-    hint = f" Below its folders: {', '.join(nested[:20])}; choose one by --filename." if nested else ""
+    hint = f" Below its folders: {listed(nested)}; choose one by --filename." if nested else ""
     raise ValueError(f"{where} has no checkpoint: looked for names that end in {', '.join(FORMATS)}.{hint}")
 
 
@@ -196,11 +233,14 @@ def parse_index(content: bytes, names: Iterable[str], index: str) -> dict[str, s
     Raises:
         ValueError: If the index is damaged, or names a file that does not exist.
     """
+    check_no_pointer(content, f"The index {index!r}")
     try:
         weight_map: Any = json.loads(content.decode("utf-8"), object_pairs_hook=no_duplicates)["weight_map"]
         files = set(weight_map.values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"The index {index!r} cannot be read: {type(error).__name__}: {str(error)[:200]}") from None
+        raise ValueError(
+            f"The index {index!r} cannot be read: {type(error).__name__}: {message_of(error)[:200]}"
+        ) from None
     # Files are named relative to the index.
     folder = PurePosixPath(index).parent
     located = {file: (folder / file).as_posix() if isinstance(file, str) else "" for file in files}

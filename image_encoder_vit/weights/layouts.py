@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from ..configuration_deep_encoder import DeepEncoderConfig
 from ..configuration_image_encoder_vit import ImageEncoderViTConfig
 from ..modeling_image_encoder_vit import encoder_of
+from ..support import visible
 from .deep_encoder import (
     SAM_PREFIX,
     deep_encoder_weights,
@@ -161,7 +162,7 @@ def choose_prefix(names: Iterable[str], prefix: str | None = None) -> str:
 
 def _nothing_found(names: list[str]) -> str:
     tops = Counter(".".join(name.split(".")[:2]) for name in names)
-    shown = ", ".join(f"{top}.* ({count})" for top, count in tops.most_common(MAX_NAMES_SHOWN))
+    shown = ", ".join(f"{visible(top)}.* ({count})" for top, count in tops.most_common(MAX_NAMES_SHOWN))
     looked_for = ", ".join(
         f"{prefix or '(no prefix)'} [{family.title}]" for family in FAMILIES for prefix in family.prefixes
     )

@@ -5,15 +5,19 @@ what lies on the disk.
 
 import hashlib
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
 from ..modeling_image_encoder_vit import name_auto_classes
 from ..storage.safetensors_format import build_header
+from ..support import message_of
 from .families import OWN_LAYOUT, closest_family
 from .files import FORMAT_DTYPES, LocalTensors
 from .inference import Shape
@@ -22,6 +26,7 @@ from .model_kinds import kind_of, read_config
 from .sources import OpenedCheckpoint
 
 WEIGHTS_FILE = "model.safetensors"
+MAX_SIDE_PX = 16384
 
 
 def write_weights(
@@ -32,7 +37,8 @@ def write_weights(
     SHA-256 of each.
 
     Raises:
-        ValueError: If a weight is NaN or infinite, or becomes so by the change of dtype.
+        DamagedWeights: If a weight is NaN or infinite.
+        ValueError: If one becomes so by the change of dtype.
         OSError: If the file cannot be written.
     """
     header, order = build_header({name: (FORMAT_DTYPES[dtype], shape) for name, shape in shapes.items()})
@@ -51,12 +57,16 @@ def write_weights(
     return records
 
 
+class DamagedWeights(ValueError):
+    """Weights that no other choice of the user's makes usable."""
+
+
 def _checked(name: str, tensor: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     if bool(torch.isfinite(tensor).all()):
         return tensor
     if bool(torch.isfinite(original).all()):
         raise ValueError(f"Weight {name!r} does not fit into {tensor.dtype}: choose another dtype.")
-    raise ValueError(f"Weight {name!r} holds NaN or infinite values: the checkpoint is damaged.")
+    raise DamagedWeights(f"Weight {name!r} holds NaN or infinite values: the checkpoint is damaged.")
 
 
 def _to_bytes(tensor: torch.Tensor) -> bytes:
@@ -80,6 +90,7 @@ def write_settings(opened: OpenedCheckpoint, folder: Path, dtype: torch.dtype) -
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     processor, notices = _image_processor(opened)
+    check_settings(processor)
     processor.save_pretrained(folder)
     return notices
 
@@ -89,10 +100,42 @@ def _image_processor(opened: OpenedCheckpoint) -> tuple[Any, tuple[str, ...]]:
     if layout.family.name != OWN_LAYOUT:
         return ImageEncoderViTImageProcessorPil(**layout.preprocessing), ()
     if str(own.get("image_processor_type", "")).startswith("ImageEncoderViT"):
-        return ImageEncoderViTImageProcessorPil.from_dict({k: v for k, v in own.items() if k != "auto_map"}), ()
+        try:
+            return ImageEncoderViTImageProcessorPil.from_dict({k: v for k, v in own.items() if k != "auto_map"}), ()
+        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+            raise ValueError(f"preprocessor_config.json cannot work: {message_of(error)}") from None
     closest = closest_family(layout.config)
     notice = f"The source has no preprocessor_config.json of this encoder: assuming {closest.title}'s."
     return ImageEncoderViTImageProcessorPil(**preprocessing_of(closest, layout.config)), (notice,)
+
+
+def check_settings(processor: Any) -> None:
+    """
+    Checks that an image processor's settings can make pixels of an image.
+
+    Raises:
+        ValueError: Naming a setting that cannot work.
+    """
+    settings = processor.to_dict()
+    sizes = settings.get("size") or {}
+    numbers = {
+        **({f"size[{name!r}]": side for name, side in sizes.items()} if isinstance(sizes, dict) else {"size": sizes}),
+        **{name: settings[name] for name in ("patch_size", "tile_size") if settings.get(name) is not None},
+    }
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, int) and 1 <= value <= MAX_SIDE_PX):
+            raise ValueError(f"preprocessor_config.json: {name} must be 1 to {MAX_SIDE_PX} px, got {value!r}.")
+    for name in ("image_mean", "image_std"):
+        values = settings.get(name)
+        values = values if isinstance(values, (list, tuple)) else [values]
+        if not all(isinstance(v, (int, float)) and isfinite(v) and (v > 0 or name == "image_mean") for v in values):
+            raise ValueError(f"preprocessor_config.json: {name} must be finite numbers above 0, got {values!r}.")
+    try:
+        pixels = processor(Image.new("RGB", (5, 3)), return_tensors="pt")["pixel_values"]
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, KeyError, AttributeError) as error:
+        raise ValueError(f"preprocessor_config.json cannot work: {message_of(error)}") from None
+    if not torch.isfinite(pixels).all():
+        raise ValueError("preprocessor_config.json cannot work: it makes pixels that are not finite.")
 
 
 def check_folder(folder: Path, digests: dict[str, str]) -> None:

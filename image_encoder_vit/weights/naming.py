@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..support import visible
+
 ANCHORS = ("patch_embed.proj.weight", "patch_embed.projection.weight")
 PUBLISHED_NAME = re.compile(
     r"pos_embed|patch_embed\.proj\.(weight|bias)|neck\.([02]\.weight|[13]\.(weight|bias))|net_\d+\.weight"
@@ -114,6 +116,6 @@ def weights_below(names: Iterable[str], prefix: str) -> dict[str, str]:
 
 
 def listed(names: list[str]) -> str:
-    """Names for one line of a message: the first ones, and how many more there are."""
+    """Names, which may be a stranger's, for one line of a message: the first ones, and how many more there are."""
     more = f", and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
-    return ", ".join(names[:MAX_NAMES_SHOWN]) + more
+    return ", ".join(map(visible, names[:MAX_NAMES_SHOWN])) + more

@@ -5,21 +5,25 @@ Takes the encoder, and nothing else, out of any checkpoint of its family, and wr
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..storage.http_ranges import RetryPolicy
-from ..storage.output_folder import discard, publish, unfinished_folder
-from .hub_repository import HubRepository
+from ..storage.output_folder import discard, folder_lock, publish, unfinished_folder, unfinished_path
+from ..storage.retries import RetryPolicy
+from .hub_repository import open_repository
 from .layouts import ENCODER_PART, PARTS, Choice
 from .model_card import CARD_FILE, PROVENANCE_FILE, describe_model, parse_card, update_card, usage_from
-from .model_folder import WEIGHTS_FILE, check_folder, write_settings, write_weights
+from .model_folder import WEIGHTS_FILE, DamagedWeights, check_folder, write_settings, write_weights
 from .model_kinds import kind_of
-from .sources import OpenedCheckpoint, open_local, open_remote
+from .sources import OpenedCheckpoint, check_may_be_on_the_hub, open_local, open_remote
 
-STAGING_FOLDER = "staging"
+# The hidden folder beside the output is this command's own. In it lies what was fetched, and the folder that is made.
+PURPOSE = "pulling"
+STAGING = "staging"
+FOLDER = "folder"
 
 
 class Pulled(NamedTuple):
@@ -47,6 +51,7 @@ def pull(
     token: str | None = None,
     dtype: str | torch.dtype | None = None,
     full_download: bool = False,
+    verify: bool = False,
     filename: str | None = None,
     prefix: str | None = None,
     part: str = ENCODER_PART,
@@ -66,6 +71,8 @@ def pull(
         token: For private and gated repositories; by default the one that huggingface_hub finds, if any.
         dtype: "float32", "bfloat16" or "float16"; by default that of the source.
         full_download: Download whole files into huggingface_hub's cache instead of the encoder's part of them.
+        verify: Compare the digests of the whole files with those that the Hub states, or for a local file with the
+            one that is known of the original; a file on the Hub is downloaded whole for that.
         filename: Which file, of a source with several checkpoints.
         prefix: Which encoder, of a checkpoint with several: the beginning of its tensors' names.
         part: "encoder", SAM's alone, or "deep-encoder": SAM's with CLIP's tower, the projector and the learned tokens,
@@ -77,7 +84,7 @@ def pull(
         FileExistsError: If `output_dir` exists.
         ValueError: If the source is no checkpoint with one such encoder, or is damaged, naming what was found.
         OSError: If the source cannot be read or fetched, or the folder not written. What was fetched is kept in a
-            hidden folder beside `output_dir`.
+            hidden folder beside `output_dir` until the same command succeeds.
     """
     output = Path(output_dir).absolute()
     target_dtype = _parse_dtype(dtype)
@@ -86,32 +93,44 @@ def pull(
     choice = Choice(filename, prefix, part)
     local = Path(source)
     is_local = local.exists()
-    if not is_local and (isinstance(source, Path) or str(source).startswith((".", "/", "~"))):
+    if not is_local and isinstance(source, Path):
         raise FileNotFoundError(f"There is no file or folder {str(source)!r}.")
+    if not is_local:
+        check_may_be_on_the_hub(str(source))
     if is_local and revision is not None:
         raise ValueError(f"{str(source)!r} is a local path: it has no revision {revision!r}.")
 
-    with unfinished_folder(output) as folder:
-        staging = folder / STAGING_FOLDER
+    _remove_what_is_published(output)
+    with unfinished_folder(output, PURPOSE) as work:
+        staging, folder = work / STAGING, work / FOLDER
+        discard(folder)  # Left by a pull that was killed, perhaps one of another source.
+        folder.mkdir()
         try:
             if is_local:
-                opened = open_local(local, choice)
+                opened = open_local(local, choice, verify)
             else:
-                repository = HubRepository(
+                repository = open_repository(
                     str(source), revision=revision, token=token, endpoint=endpoint, retry=retry or RetryPolicy()
                 )
-                opened = open_remote(repository, staging, choice, full_download)
+                opened = open_remote(repository, staging, choice, full_download, verify)
             pulled = _write_folder(opened, folder, target_dtype)
-            discard(staging)
             publish(folder, output)
-        except ValueError:
-            discard(folder)  # The source is not usable: nothing to go on with.
+        except BaseException as error:
+            # What was fetched stays for the next attempt, unless nothing can be made of it.
+            if isinstance(error, DamagedWeights) or not staging.is_dir():
+                discard(work)
             raise
-        except BaseException:
-            if not staging.is_dir():
-                discard(folder)
-            raise
+        discard(work)
     return pulled._replace(folder=output)
+
+
+def _remove_what_is_published(output: Path) -> None:
+    """Removes what a pull leaves that was killed between its last two steps: its folder has become `output`."""
+    work = unfinished_path(output, PURPOSE)
+    if output.is_dir() and any(output.iterdir()) and work.is_dir() and not (work / FOLDER).exists():
+        with suppress(BlockingIOError), folder_lock(work):
+            if not (work / FOLDER).exists():
+                discard(work)
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -124,9 +143,6 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def _write_folder(opened: OpenedCheckpoint, folder: Path, dtype: torch.dtype | None) -> Pulled:
     """Writes and checks everything but the rename."""
     layout = opened.layout
-    for stale in folder.iterdir():
-        if stale.name != STAGING_FOLDER:
-            stale.unlink()  # Left by a pull that was killed, perhaps one of another source.
     notices = [*layout.notices, *opened.notices]
     if dtype is None:
         dtype, dtype_notices = _common_dtype(opened)
@@ -203,8 +219,9 @@ def card_of(opened: OpenedCheckpoint, provenance: Mapping[str, Any], weight_byte
         "weights": f"{weight_bytes:,} bytes, {str(dtype).removeprefix('torch.')}",
     }
     if opened.source.repository is not None and not opened.notices:
+        kept = f", and {opened.kept_bytes:,} kept from an interrupted pull" if opened.kept_bytes else ""
         measurements["fetched from the source"] = (
-            f"{opened.traffic.body_bytes:,} bytes in {opened.traffic.requests} requests"
+            f"{opened.traffic.body_bytes:,} bytes in {opened.traffic.requests} requests{kept}"
         )
     usage = usage_from(kind, "path/to/this/folder", None)
     generated = describe_model(config, provenance, usage=usage, measurements=measurements)

@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from ..storage.http_ranges import RetryPolicy
+from ..storage.http_faults import status_of
+from ..storage.retries import RetryPolicy
 from ..support import visible
 from .export import export_weights
 from .files import parse_config
@@ -302,14 +303,14 @@ def send(publication: Publication, destination: Destination, api: HfApi, retry: 
         ValueError: If a file has changed since it was checked.
         OSError: As `push`.
     """
-    repo_id = destination.repo_id
+    repo_id, token = destination.repo_id, api.token if isinstance(api.token, str) else None
     if not destination.create_pr:
         # The Hub completes a bare name by its owner.
         repo_id = with_retries(
-            lambda: api.create_repo(repo_id, private=destination.private, exist_ok=True).repo_id, retry
+            lambda: api.create_repo(repo_id, private=destination.private, exist_ok=True).repo_id, retry, token
         )
         if destination.branch != MAIN:
-            with_retries(lambda: api.create_branch(repo_id, branch=destination.branch, exist_ok=True), retry)
+            with_retries(lambda: api.create_branch(repo_id, branch=destination.branch, exist_ok=True), retry, token)
     contents: dict[str, Path | bytes] = {**publication.files, CARD_FILE: publication.card(repo_id).encode()}
 
     def commit() -> Any:
@@ -327,14 +328,17 @@ def send(publication: Publication, destination: Destination, api: HfApi, retry: 
             create_pr=destination.create_pr or None,
         )
 
-    made = with_retries(commit, retry)
+    made = with_retries(commit, retry, token)
     notices: tuple[str, ...] = ()
     try:
-        with_retries(lambda: api.create_tag(repo_id, tag=publication.tag, revision=made.oid, exist_ok=True), retry)
+        with_retries(
+            lambda: api.create_tag(repo_id, tag=publication.tag, revision=made.oid, exist_ok=True), retry, token
+        )
     except HfHubHTTPError as error:
         if not destination.create_pr:
             raise
-        status = getattr(error.response, "status_code", None)
-        notices = (f"The tag {publication.tag} could not be made ({status}): make it when the request is merged.",)
+        notices = (
+            f"The tag {publication.tag} could not be made ({status_of(error)}): make it when the request is merged.",
+        )
     url = getattr(made, "pr_url", None) or f"{api.endpoint}/{repo_id}"
     return publication.result(repo_id, url=url, commit=made.oid, notices=notices)
