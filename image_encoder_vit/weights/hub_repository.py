@@ -199,14 +199,7 @@ class CachedRepository:
     supports_ranges = False
 
     def __init__(self, repo_id: str, *, revision: str | None) -> None:
-        try:
-            self._folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            at_revision = f" at {revision!r}" if revision else ""
-            raise FileNotFoundError(
-                f"There is no file or folder {repo_id!r} here, and nothing of a repository of that name{at_revision} "
-                "in the cache, to which HF_HUB_OFFLINE keeps: unset it, or give a path."
-            ) from None
+        self._folder = cached_snapshot(repo_id, revision)
         self.repo_id = repo_id
         self.commit = self._folder.name
         self.names = sorted(
@@ -234,6 +227,29 @@ class CachedRepository:
         if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", stated):
             raise ValueError(f"The cache does not tell the digest of {name!r}: verify without HF_HUB_OFFLINE.")
         return ("sha256" if len(stated) == 64 else "git-sha1"), stated
+
+
+def cached_snapshot(repo_id: str, revision: str | None) -> Path:
+    """
+    The folder of huggingface_hub's cache that holds a revision; without one, that of main, or of the only commit there.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    # What was asked for by its commit, as `pull` does, leaves no note of the branch that it was on.
+    snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "snapshots")
+    commits = sorted(path.name for path in snapshots.iterdir()) if snapshots.is_dir() else []
+    if revision is None and len(commits) == 1:
+        return snapshots / commits[0]
+    found = f"only the commits {', '.join(commits)}" if commits else "nothing of a repository of that name"
+    raise FileNotFoundError(
+        f"There is no file or folder {repo_id!r} here, and {found} in the cache, to which HF_HUB_OFFLINE keeps: "
+        "choose a commit by --revision, unset it, or give a path."
+    )
 
 
 def read_capped(path: Path, max_bytes: int) -> bytes:
