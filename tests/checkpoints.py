@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from small import SMALL
 
-from image_encoder_vit import ImageEncoderViT, ImageEncoderViTConfig
+from image_encoder_vit import ImageEncoderViTConfig
+from image_encoder_vit.modeling_image_encoder_vit import encoder_of
 
 SOURCE_CONFIG_SECTION = {
     "layers": 4,
@@ -132,19 +133,7 @@ def encoder_weights(
 ) -> tuple[ImageEncoderViTConfig, dict[str, torch.Tensor]]:
     """A small configuration and random weights for it by published name, of a trained model's size."""
     config = ImageEncoderViTConfig(**{**SMALL, **changes})
-    encoder = ImageEncoderViT(
-        img_size=config.image_size,
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        out_chans=config.output_channels,
-        global_attn_indexes=config.global_attn_indexes,
-        window_size=config.window_size,
-        downsample_channels=config.downsample_channels,
-        qkv_bias=config.qkv_bias,
-        use_abs_pos=config.use_abs_pos,
-        use_rel_pos=config.use_rel_pos,
-    )
+    encoder = encoder_of(config)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, value in encoder.state_dict().items():

@@ -97,7 +97,7 @@ def test_the_drop_in_gives_the_same_outputs_and_gradients(kind: str) -> None:
     assert model.get_submodule(path) is replaced.originals[path]
 
 
-@pytest.mark.parametrize("kind", ["slanext", "pp_formulanet"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_pulls_give_the_map_before_the_head(kind: str, tmp_path: Path) -> None:
     """With the convolutions that these models keep beside the encoder, or in their projector."""
     build, path, _ = MODELS[kind]
@@ -106,13 +106,17 @@ def test_pulls_give_the_map_before_the_head(kind: str, tmp_path: Path) -> None:
     pulled = pull(tmp_path / "source", tmp_path / "model")
     assert pulled.layout == kind.replace("_", "-")
     assert pulled.prefix == f"{path}."
-    assert any("image processor here" in notice for notice in pulled.notices)
+    told = "adds features of a global block" if kind == "deepseek_vl_hybrid" else "image processor here"
+    assert any(told in notice for notice in pulled.notices)
     encoder = ImageEncoderViTModel.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         features = encoder(pixels).last_hidden_state
         neck = model.get_submodule(path)(pixels).last_hidden_state
         if kind == "slanext":
             expected = model.backbone.post_conv(neck)
+        elif kind == "deepseek_vl_hybrid":
+            projection = model.model.high_res_vision_proj
+            expected = projection.conv2(projection.conv1(neck))
         else:
             projector = model.model.encoder.multi_modal_projector
             expected = projector.conv2(projector.conv1(neck))

@@ -3,6 +3,7 @@ What a pull owes to a user in a hurry: no secret shown, nothing fetched twice, r
 checkpoint refused, or believed, for what is not the encoder's.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from checkpoints import RECIPES, encoder_weights, folder_files, write_checkpoint
@@ -22,8 +24,10 @@ from hub_server import WRITE_TOKEN, HubServer
 from safetensors.torch import load_file, save_file
 
 from image_encoder_vit.commands import main as command
+from image_encoder_vit.storage import output_folder
 from image_encoder_vit.storage.http_faults import examined
 from image_encoder_vit.storage.retries import MIN_PROGRESS_BYTES, Pace, PassingFault, RetryPolicy, paced
+from image_encoder_vit.storage.safetensors_ranges import FIRST_READ_BYTES
 from image_encoder_vit.weights.files import load_pickle
 from image_encoder_vit.weights.hub_repository import clean_token
 from image_encoder_vit.weights.pull import pull
@@ -214,32 +218,36 @@ def test_an_output_that_cannot_be_replaced_is_refused_before_the_first_byte(
     assert outcome.error is None, outcome.output  # An empty folder that is none is taken.
 
 
+@pytest.mark.parametrize("step", ["the rename fails", "killed in the last sync"])
 def test_what_was_fetched_stays_when_the_last_step_fails(
-    hub: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, hub: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub.constants as constants
-
-    from image_encoder_vit.weights import pull as pull_module
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    honest = pull_module.publish
-
-    def fail(folder: Path, output: Path) -> None:
-        raise OSError(16, "Device or resource busy", str(output))
-
-    monkeypatch.setattr(pull_module, "publish", fail)
-    with pytest.raises(OSError, match="busy"):
-        pull("care/sharded", tmp_path / "out", endpoint=hub.endpoint, token=WRITE_TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with monkeypatch.context() as broken:
+        if step == "the rename fails":
+            broken.setattr(Path, "rename", raising_busy)
+        else:
+            broken.setattr(output_folder, "sync", raising_interrupt)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            pull("care/sharded", tmp_path / "out", endpoint=hub.endpoint, token=WRITE_TOKEN)
     assert only(tmp_path) == [".out.pulling"]
-    chunks = [request for request in hub.requests if request.origin == "storage"]
+    first = [request for request in hub.requests if request.origin == "storage"]
     hub.reset()
-    monkeypatch.setattr(pull_module, "publish", honest)
     pulled = pull("care/sharded", tmp_path / "out", endpoint=hub.endpoint, token=WRITE_TOKEN)
     assert only(tmp_path) == ["out"]
     again = [request for request in hub.requests if request.origin == "storage"]
-    assert {request.headers["range"] for request in again} == {"bytes=0-131071"}
-    assert len(again) == 3 < len(chunks)
+    # The three headers alone.
+    assert [request.headers["range"] for request in again] == [f"bytes=0-{FIRST_READ_BYTES - 1}"] * 3
+    assert len(first) > len(again)
     assert pulled.tensors == 67
+
+
+def raising_busy(path: Path, target: Path) -> None:
+    raise OSError(errno.EBUSY, "Device or resource busy", str(target))
+
+
+def raising_interrupt(path: Path) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_typing_error_keeps_what_was_fetched_and_finetune_s_states(
@@ -409,9 +417,7 @@ def test_a_path_that_does_not_exist_is_told_at_once(
 
 
 def test_without_a_network_the_name_is_told_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants as constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(OSError, match="no file or folder 'user/name' here, and the Hub cannot be asked"):
         pull("user/name", tmp_path / "out", endpoint="http://127.0.0.1:9", retry=RetryPolicy(max_failures=100))
     assert only(tmp_path) == []

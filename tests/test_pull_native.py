@@ -13,22 +13,14 @@ import torch
 import transformers
 from builders import relative_error
 from safetensors.torch import load_file
+from small import SMALL
 from torch import nn
 
 from image_encoder_vit import ImageEncoderViTModel
 from image_encoder_vit.weights.export import export_weights
 from image_encoder_vit.weights.pull import pull
 
-ENCODER = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "image_size": 128,
-    "output_channels": 8,
-    "window_size": 3,
-    "global_attn_indexes": [1, 3],
-    "mlp_dim": 128,
-}
+ENCODER = {name: value for name, value in SMALL.items() if name != "downsample_channels"} | {"mlp_dim": 128}
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 32,

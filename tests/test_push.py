@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
 from image_encoder_vit.weights.export import export_weights
-from image_encoder_vit.weights.model_card import END_MARK, START_MARK, parse_card, update_card
+from image_encoder_vit.weights.folder_check import KEPT_VARIABLES, clean_environment, foreign_code
+from image_encoder_vit.weights.model_card import END_MARK, START_MARK, describe_model, parse_card, update_card
 from image_encoder_vit.weights.model_kinds import ENCODER
 from image_encoder_vit.weights.pull import pull
+from image_encoder_vit.weights.push import collect_files, push
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -266,6 +269,115 @@ def test_a_model_saved_by_save_pretrained_can_be_pushed(hub: HubServer, worker: 
     assert outcome.error is None, outcome.output
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+
+
+# What a folder of a stranger may not do
+
+
+def hostile_provenance() -> dict[str, Any]:
+    attack = "x`|\n| <script>alert(1)</script> ![x](https://example.org/x.png) \x1b[2J"
+    source = dict.fromkeys(("name", "repository", "commit", "layout", "prefix", "license"), attack)
+    tensors = {attack: {"shape": [attack], "sha256": attack}, "encoder.pos_embed": 3}
+    return {"source": source | {"files": [attack]}, "notices": [attack, END_MARK], "tensors": tensors}
+
+
+def test_what_a_provenance_says_reaches_the_card_escaped() -> None:
+    for provenance in (hostile_provenance(), {"source": [1], "notices": "x", "tensors": 3}, {"source": {"files": 1}}):
+        config, _ = encoder_weights()
+        block = describe_model(config, provenance, usage="USAGE", measurements={"a|b": "<c>"})
+        card = update_card(parse_card(""), ENCODER, provenance, block)
+        assert "<script>" not in card
+        assert "![x]" not in card
+        assert "\x1b" not in card
+        assert card.count(END_MARK) == 1
+        rows = [line for line in card.splitlines() if line.startswith("| ")]
+        assert all(len(re.findall(r"(?<!\\)\|", row)) in (3, 4) for row in rows), rows
+        assert parse_card(card).data.get("base_model") is None
+        assert parse_card(card).data.get("license") is None
+
+
+def test_keys_that_nobody_knows_survive_in_a_card() -> None:
+    text = "---\nmine: {a: [1, 2]}\nlicense: mit\nmodel-index:\n- name: n\n  results: []\n---\n# Mine\n"
+    card = update_card(parse_card(text), ENCODER, {}, "G")
+    assert parse_card(card).data.to_dict()["mine"] == {"a": [1, 2]}
+    assert card.startswith("---\nmine:")
+
+
+@pytest.mark.parametrize("broken", ["---\nlicense: [mit\n---\n", "---\n- a\n---\n", "---\n1: 2\n---\n"])
+def test_an_own_card_that_cannot_be_read_is_refused_by_name(broken: str, model_folder: Path) -> None:
+    (model_folder / "README.md").write_text(broken)
+    with pytest.raises(ValueError, match=r"front matter of README\.md cannot be read") as error:
+        push(model_folder, "push/broken-card", dry_run=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE", "provenance.json", "README.md", "config.json", "attention.py"])
+def test_a_link_that_leads_out_of_the_folder_is_refused(name: str, model_folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "id_rsa"
+    secret.write_bytes((model_folder / name).read_bytes() if (model_folder / name).exists() else b"secret")
+    (model_folder / name).unlink(missing_ok=True)
+    (model_folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match="is a link that leads out of its folder"):
+        push(model_folder, "push/linked", dry_run=True)
+
+
+def test_the_links_of_a_cache_are_its_own(model_folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(model_folder.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    assert set(collect_files(snapshot)) == PUBLISHED - {"README.md"}
+
+
+SPY = """
+import os, pathlib
+from huggingface_hub import get_token
+raise ImportError(repr([str(pathlib.Path.home()), get_token(), sorted(os.environ)]))
+"""
+
+
+def test_a_folder_s_code_runs_without_home_token_and_environment_and_is_announced(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tmp_path / "home"
+    (home / ".cache" / "huggingface").mkdir(parents=True)
+    (home / ".cache" / "huggingface" / "token").write_text(WRITE_TOKEN)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
+    append(model_folder / "attention.py", SPY)
+    with pytest.raises(ValueError, match="does not work when it is loaded") as error:
+        push(model_folder, "push/spied", dry_run=True)
+    assert "attention.py" in caplog.text
+    assert "is not this package's" in caplog.text
+    assert str(home) not in str(error.value)
+    assert ", None, [" in str(error.value)
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        assert name not in str(error.value)
+    (tmp_path / "scratch").mkdir()
+    assert clean_environment(tmp_path / "scratch").keys() <= {*KEPT_VARIABLES, *REPLACED}
+
+
+REPLACED = (
+    *("HOME", "USERPROFILE", "TMPDIR", "HF_HOME", "HF_MODULES_CACHE", "PYTHONUSERBASE"),
+    *("HF_HUB_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_HUB_DISABLE_PROGRESS_BARS"),
+)
+
+
+def test_the_package_s_own_code_is_not_announced(model_folder: Path) -> None:
+    assert foreign_code(collect_files(model_folder).values()) == []
+
+
+def test_a_bare_name_is_completed_by_the_hub(hub: HubServer, worker: Worker, model_folder: Path) -> None:
+    outcome = worker.call("push_checked_before", model_dir=model_folder, repo_id="bare-name")
+    assert outcome.result is not None, outcome.output
+    assert outcome.result["repository"] == "user/bare-name"
+    assert outcome.result["url"].endswith("/user/bare-name")
+    assert set(hub.files("user/bare-name")) == PUBLISHED
+    assert 'source = "user/bare-name"' in hub.content("user/bare-name", "README.md").decode()
 
 
 # Export

@@ -160,7 +160,7 @@ def publish(folder: Path, output: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise FileExistsError(f"{str(output)!r} was made by another process meanwhile.") from None
-        raise
+        raise _cannot_be_made(output, error) from None
     sync(output.parent)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..storage.atomic_file import atomic_file
 from .files import LocalTensors, select_checkpoint
 from .layouts import export_names, find_deep_layout, find_layout
 from .model_folder import WEIGHTS_FILE, write_weights
@@ -44,8 +45,7 @@ def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) 
     dtypes = {tensors.dtype(kind.weight_prefix + name) for name in names}
     if len(dtypes) != 1:
         raise ValueError(f"The weights have several dtypes, {sorted(map(str, dtypes))}: save the model in one.")
-    partial = output.with_name(f".{output.name}.unfinished")
-    try:
+    with atomic_file(output) as partial:
         write_weights(
             partial,
             {theirs: tensors.shapes[kind.weight_prefix + ours] for theirs, ours in published.items()},
@@ -56,7 +56,4 @@ def export_weights(model_dir: str | Path, output_file: str | Path, layout: str) 
         found = find(LocalTensors.open([partial]).shapes, source_config=config.to_dict())
         if found.sources != names:
             raise AssertionError(f"the layout {layout!r} is not found again in what was written")
-        partial.rename(output)
-    finally:
-        partial.unlink(missing_ok=True)
     return names

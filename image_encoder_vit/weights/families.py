@@ -53,6 +53,18 @@ DEEPSEEK_OCR_2_IN_TRANSFORMERS = DEEPSEEK_OCR_2._replace(
 # DeepSeek-OCR-2 keeps its encoder where the first one does, and other things beside it.
 SECOND_VERSIONS = {DEEPSEEK_OCR.name: DEEPSEEK_OCR_2, UNLIMITED_OCR.name: DEEPSEEK_OCR_2_IN_TRANSFORMERS}
 SAM = Family("sam", "Segment Anything", ("image_encoder.",), PUBLISHED, SEGMENT_ANYTHING, "apache-2.0")
+DEEPSEEK_VL_7B = Family(
+    "deepseek-vl",
+    "DeepSeek-VL",
+    ("vision_model.vision_tower_high.vision_tower.",),
+    DEEPSEEK_VL,
+    CENTRED_ON_GREY
+    | {name: CLIP_STRETCHED[name] for name in ("image_mean", "image_std")}
+    | {"padding_color": [122, 116, 104]},
+    None,
+    note="DeepSeek-VL resizes the neck's output to 96 x 96 before its stride-2 convolutions and adds features of a "
+    "global block to it; this encoder does neither, so its last feature map differs from DeepSeek-VL's.",
+)
 FAMILIES = (
     Family(OWN_LAYOUT, "this package", ("encoder.",), PUBLISHED, {}, None),
     DEEPSEEK_OCR,
@@ -95,17 +107,12 @@ FAMILIES = (
         naming=TRANSFORMERS,
     ),
     SAM._replace(name="timm", title="timm's samvit", prefixes=("",), naming=TIMM),
-    Family(
-        "deepseek-vl",
-        "DeepSeek-VL",
-        ("vision_model.vision_tower_high.vision_tower.",),
-        DEEPSEEK_VL,
-        CENTRED_ON_GREY
-        | {name: CLIP_STRETCHED[name] for name in ("image_mean", "image_std")}
-        | {"padding_color": [122, 116, 104]},
-        None,
-        note="DeepSeek-VL resizes the neck's output to 96 x 96 before its stride-2 convolutions and adds features of a "
-        "global block to it; this encoder does neither, so its last feature map differs from DeepSeek-VL's.",
+    DEEPSEEK_VL_7B,
+    DEEPSEEK_VL_7B._replace(
+        name="deepseek-vl-hybrid",
+        title="DeepSeek-VL in transformers",
+        prefixes=("model.high_res_vision_model.vision_encoder.",),
+        naming=TRANSFORMERS,
     ),
 )
 

@@ -77,6 +77,12 @@ CONVOLUTIONS_ELSEWHERE: tuple[tuple[str, str, Mapping[str, str]], ...] = (
     ("vision_tower.", PROJECTOR, {"net_2.weight": "conv_upsampler1.weight", "net_3.weight": "conv_upsampler2.weight"}),
     # SLANeXt
     ("backbone.vision_tower.", "backbone.", {"net_2.weight": "post_conv.weight"}),
+    # DeepSeek-VL
+    (
+        "high_res_vision_model.vision_encoder.",
+        "high_res_vision_proj.",
+        {"net_2.weight": "conv1.weight", "net_3.weight": "conv2.weight"},
+    ),
     # PP-FormulaNet, whose projector is a child of the encoder
     ("encoder.", f"encoder.{PROJECTOR}", {"net_2.weight": "conv1.weight", "net_3.weight": "conv2.weight"}),
 )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..configuration_deep_encoder import DeepEncoderConfig
-from ..storage.output_folder import publish, unfinished_folder
+from ..storage.output_folder import discard, publish, unfinished_folder
 from .export import open_model_weights
 from .layouts import export_names
 from .model_folder import WEIGHTS_FILE, write_weights
@@ -41,16 +41,20 @@ def export_native_folder(model_dir: str | Path, output_dir: str | Path) -> dict[
     published = {theirs: ours for ours, theirs in names.items()}
     shapes = {theirs: tensors.shapes[ours] for ours, theirs in names.items()}
     output = Path(output_dir).absolute()
-    with unfinished_folder(output) as folder:
-        write_weights(
-            folder / WEIGHTS_FILE,
-            shapes | {name: tuple(stub.shape) for name, stub in stubs.items()},
-            lambda name: stubs[name] if name in stubs else tensors.read(published[name]),
-            dtype,
-        )
-        settings = native_config(config) | {"dtype": str(dtype).removeprefix("torch.")}
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        publish(folder, output)
+    settings = native_config(config) | {"dtype": str(dtype).removeprefix("torch.")}
+    with unfinished_folder(output, "exporting") as folder:
+        try:
+            write_weights(
+                folder / WEIGHTS_FILE,
+                shapes | {name: tuple(stub.shape) for name, stub in stubs.items()},
+                lambda name: stubs[name] if name in stubs else tensors.read(published[name]),
+                dtype,
+            )
+            (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            publish(folder, output)
+        except BaseException:
+            discard(folder)
+            raise
     return names
 
 
