@@ -7,16 +7,18 @@ position table, Q and K the number of queries and keys (tokens of one window or 
 
 import importlib
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .cpu_inference import chunked_attention, runs_in_float32, takes_cpu_path
+from .cpu_kernel import has_attention_kernel, kernel_attention
 
 # A bias of B x N x Q x K values is built for this many values at a time: 64 MB in float32.
 MAX_BIAS_VALUES = 1 << 24
-# Logits that exist at a time on the CPU: 8 MB in float32, those of a head and 512 queries at 1024 x 1024 px.
-LOGITS_PER_CHUNK = 1 << 21
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -33,9 +35,28 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     if tuple(pos_embed.shape[1:3]) == tuple(grid):
         return pos_embed
+    if takes_cpu_path(pos_embed) and not torch.is_autocast_enabled("cpu"):
+        return resize_by_matrices(pos_embed, grid)
     channels_first = at_least_float32(pos_embed).permute(0, 3, 1, 2)
     resized = F.interpolate(channels_first, size=grid, mode="bicubic", antialias=True, align_corners=False)
     return resized.to(pos_embed.dtype).permute(0, 2, 3, 1)
+
+
+def resize_by_matrices(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The same by a matrix product for each axis: several times faster where channels lie last in memory."""
+    table = at_least_float32(pos_embed)[0]  # (H0, W0, C)
+    by_height, by_width = (
+        F.interpolate(
+            torch.eye(before, dtype=table.dtype)[None, None],
+            size=(after, before),
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+        )[0, 0]
+        for before, after in zip(table.shape[:2], grid, strict=True)
+    )  # (H, H0) and (W, W0)
+    rows = (by_height @ table.flatten(1)).unflatten(1, table.shape[1:])  # (H, W0, C)
+    return (by_width @ rows).to(pos_embed.dtype)[None]
 
 
 def resize_rel_pos(table: Tensor, length: int) -> Tensor:
@@ -98,31 +119,24 @@ def eager_attention(
     return weights @ value, weights
 
 
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor, Tensor] | None) -> Tensor:
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor, Tensor] | None, queries_per_chunk: int
+) -> Tensor:
     """
-    The same through PyTorch's scaled_dot_product_attention, a chunk of queries at a time, so that no more than
-    `MAX_BIAS_VALUES` of the bias exist at once. Shapes as in `eager_attention`; returns (B, N, Q, D).
+    The same through PyTorch's scaled_dot_product_attention, `queries_per_chunk` at a time, so that no more of the bias
+    exists at once. Shapes as in `eager_attention`; returns (B, N, Q, D).
     """
     if relative is None:
         return F.scaled_dot_product_attention(query, key, value)
     rel_h, rel_w = relative
-    queries = query.shape[2]
-    # A compiled or exported graph has chunks for one image, so that its batch can stay free.
-    images = 1 if torch.compiler.is_compiling() else query.shape[0]
-    values_per_query = images * query.shape[1] * key.shape[2]
-    chunk = max(1, MAX_BIAS_VALUES // values_per_query)
-    if chunk >= queries:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=relative_bias(rel_h, rel_w))
-    chunks = [
+    chunks = [slice(start, start + queries_per_chunk) for start in range(0, query.shape[2], queries_per_chunk)]
+    attended = [
         F.scaled_dot_product_attention(
-            query[:, :, start : start + chunk],
-            key,
-            value,
-            attn_mask=relative_bias(rel_h[:, :, start : start + chunk], rel_w[:, :, start : start + chunk]),
+            query[:, :, chunk], key, value, attn_mask=relative_bias(rel_h[:, :, chunk], rel_w[:, :, chunk])
         )
-        for start in range(0, queries, chunk)
+        for chunk in chunks
     ]
-    return torch.cat(chunks, dim=2)
+    return attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)
 
 
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor, Tensor]) -> Tensor:
@@ -152,48 +166,118 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(_flex_attention(), dynamic=False)
 
 
-def cpu_inference_attention(
-    query: Tensor, key: Tensor, value: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: tuple[int, int]
-) -> Tensor:
+class RelativeTables(NamedTuple):
+    """A block's relative position tables, (L, D) each: along the height and the width of the page."""
+
+    height: Tensor
+    width: Tensor
+
+
+def attend(
+    qkv: Tensor,
+    padding: Tensor | None,
+    tables: RelativeTables | None,
+    num_heads: int,
+    window_size: int,
+    implementation: str = "sdpa",
+) -> tuple[Tensor, Tensor | None]:
     """
-    Attention over a whole grid on the CPU, for inference: a head and a few hundred queries at a time, in one buffer.
+    Attention over a grid of queries, keys and values side by side, (B, H, W, 3 * C), as `choose_attention` says: the
+    attended values (B, H, W, C) and, from eager attention, the weights (B * windows, N, Q, K).
 
-    The bias is written into the buffer by broadcasting, the matrix product added to it, and the softmax taken in
-    place, so that no more than LOGITS_PER_CHUNK of them ever exist. `query`, `key`, `value` are (B, N, Q, D) with
-    any strides; `rel_pos_h` and `rel_pos_w` are the tables. Returns (B, Q, N, D), contiguous.
+    In windows of `window_size` patches, filled up with `padding` (3 * C,), or over the whole grid where that is 0.
     """
-    batch, heads, queries, dim = query.shape
-    height, width = grid
-    table_h = relative_positions(rel_pos_h, height).transpose(1, 2)  # (H, D, H)
-    table_w = relative_positions(rel_pos_w, width).transpose(1, 2)  # (W, D, W)
-    attended = query.new_empty(batch, queries, heads, dim)
-    queries_per_chunk = min(queries, max(1, LOGITS_PER_CHUNK // (height * width)))
-    buffer = query.new_empty(queries_per_chunk, height, width)
-    for image in range(batch):
-        for head in range(heads):
-            # (Q, D), (K, D) and (K, D); read many times each, so rows that lie together repay the copy.
-            q, k, v = (part[image, head].contiguous() for part in (query, key, value))
-            by_row = q.unflatten(0, grid)  # (H, W, D)
-            rel_h = (by_row @ table_h).flatten(0, 1)  # (Q, H)
-            rel_w = (by_row.transpose(0, 1) @ table_w).transpose(0, 1).flatten(0, 1)  # (Q, W)
-            for start in range(0, queries, queries_per_chunk):
-                chunk = slice(start, min(start + queries_per_chunk, queries))
-                bias = buffer[: chunk.stop - chunk.start]
-                torch.add(rel_h[chunk, :, None], rel_w[chunk, None, :], out=bias)
-                logits = bias.flatten(1)
-                torch.addmm(logits, q[chunk], k.T, alpha=dim**-0.5, out=logits)
-                torch.softmax(logits, dim=-1, out=logits)
-                torch.mm(logits, v, out=attended[image, chunk, head])
-    return attended
+    height, width = qkv.shape[1:3]
+    how, dtype = choose_attention(qkv, tables, num_heads, window_size, implementation)
+    if how == "kernel":
+        assert tables is not None
+        table_h = resize_rel_pos(tables.height, window_size or height).to(dtype)
+        table_w = resize_rel_pos(tables.width, window_size or width).to(dtype)
+        padding = None if padding is None else padding.to(dtype)
+        attended = kernel_attention(qkv.to(dtype), padding, table_h, table_w, num_heads, window_size)
+        return attended.to(qkv.dtype), None
+    if window_size:
+        qkv = window_partition(qkv, window_size, padding)
+    grid = qkv.shape[1], qkv.shape[2]
+    by_head = qkv.flatten(1, 2).unflatten(2, (3, num_heads, -1))
+    query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, H * W, D) each
+    weights = None
+    if how == "chunks":
+        assert tables is not None
+        positions_h, positions_w = (relative_positions(*table) for table in zip(tables, grid, strict=True))
+        attended = chunked_attention(query, key, value, positions_h, positions_w, dtype)  # (B, H * W, N, D)
+    else:
+        query, key, value = (part.to(dtype) for part in (query, key, value))
+        relative = None
+        if tables is not None:
+            relative = relative_logits(query, tables.height.to(dtype), tables.width.to(dtype), grid)
+        if how == "eager":
+            attended, weights = eager_attention(query, key, value, relative)
+        elif how == "flex" and relative is not None:
+            attended = flex_attention(query, key, value, relative)
+        else:
+            attended = sdpa_attention(query, key, value, relative, queries_per_chunk(query, implementation))
+        attended = attended.transpose(1, 2).to(qkv.dtype)
+    if implementation.startswith("export"):
+        # Exporters lower the attention to steps whose result lies in memory otherwise: only a copy reshapes always.
+        attended = attended.clone(memory_format=torch.contiguous_format)
+    attended = attended.reshape(*qkv.shape[:3], -1)
+    if window_size:
+        attended = window_unpartition(attended, (height, width))
+    return attended, weights if implementation == "eager" else None
 
 
-def window_partition(hidden: Tensor, window: int, padding: Tensor) -> Tensor:
+def choose_attention(
+    qkv: Tensor, tables: RelativeTables | None, num_heads: int, window_size: int, implementation: str
+) -> tuple[str, torch.dtype]:
+    """
+    The one place that decides how attention is computed, and in which precision; all ways give the same.
+
+    | way | when |
+    |---|---|
+    | "eager" | asked for, as only it has weights to return; and for forward-mode derivatives, which only it has |
+    | "sdpa" | with gradients, in graphs for other runtimes ("export", "export_chunked"), without positions |
+    | "kernel" | `takes_cpu_path` and the kernel runs here; in float32 what it has no products for |
+    | "chunks" | `takes_cpu_path` without the kernel: over the whole grid, in float32 in windows too |
+    | "flex" | asked for, over the whole grid; windows have too little bias for it |
+    | "sdpa" | all else |
+    """
+    if implementation == "eager" or forward_ad._current_level >= 0:
+        return "eager", qkv.dtype
+    if implementation in ("export", "export_chunked") or tables is None:
+        return "sdpa", qkv.dtype
+    if takes_cpu_path(qkv, *tables):
+        dtype = torch.float32 if runs_in_float32(qkv.dtype) else qkv.dtype
+        head_dim = qkv.shape[3] // 3 // num_heads
+        if head_dim % 2 == 0 and has_attention_kernel(dtype):  # Two values of bfloat16 make a word of the kernel's.
+            return "kernel", dtype
+        # They are written in place. Windows in low precision would be less exact than they are through sdpa.
+        is_exact = dtype in (torch.float32, torch.float64)
+        if not torch.compiler.is_compiling() and (not window_size or is_exact):
+            return "chunks", dtype
+        return "sdpa", dtype
+    return ("flex" if implementation == "flex_attention" and not window_size else "sdpa"), qkv.dtype
+
+
+def queries_per_chunk(query: Tensor, implementation: str) -> int:
+    """How many of the queries (B, N, Q, D) `sdpa_attention` takes at a time, for MAX_BIAS_VALUES of the bias."""
+    batch, heads, queries, _ = query.shape
+    if implementation == "export":
+        return queries
+    # A compiled or exported graph has chunks for one image, so that its batch can stay free.
+    images = 1 if implementation == "export_chunked" or torch.compiler.is_compiling() else batch
+    return min(queries, max(1, MAX_BIAS_VALUES // (images * heads * queries)))
+
+
+def window_partition(hidden: Tensor, window: int, padding: Tensor | None) -> Tensor:
     """
     Cuts (B, H, W, C) into windows (B * windows, window, window, C), row by row, after padding the bottom and right
-    with `padding` (C,) up to whole windows (ViTDet, arXiv 2203.16527).
+    with `padding` (C,), or with zeros where that is None, up to whole windows (ViTDet, arXiv 2203.16527).
     """
     batch, height, width, channels = hidden.shape
     right, bottom = -width % window, -height % window
+    if padding is None:
+        padding = hidden.new_zeros(channels)
     if right:
         hidden = torch.cat([hidden, padding.expand(batch, height, right, channels)], dim=2)
     if bottom:

@@ -1,21 +1,61 @@
-"""When the encoder may take its path for inference on the CPU, and the linear layer of that path."""
+"""
+Inference on the CPU: when its path may be taken, the layers of that path, and attention in one small buffer.
+
+The path differs from PyTorch's own in speed, memory and rounding only. Letters in shapes: B images, N heads, D channels
+per head, H and W the grid in patches, Q and K the number of queries and keys.
+"""
+
+import ctypes
+import math
+import warnings
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+# Of the operators here and of the kernel's library, in their names: copies of this code that were saved beside weights
+# may be loaded in the same process, and share neither with another version.
+INTERFACE = 2
 MIN_TOKENS_IN_ONEDNN = 64  # Below, setting up a product there costs more than it saves.
+ROWS_PER_CAST = 1024  # Tokens whose low precision is spread into float32 at a time: 12 MB behind lin1.
+# Logits that exist at a time: 8 MB in float32, those of a head and 512 queries at 1024 x 1024 px.
+LOGITS_PER_CHUNK = 1 << 21
+RECORDERS = "transformers.utils.output_capturing"  # Its hooks stay where they were once needed, and then do nothing.
 
 
-def is_cpu_inference(hidden: Tensor) -> bool:
+def takes_cpu_path(
+    input: Tensor, *others: Tensor, modules: Iterable[nn.Module] = (), calls_layers: bool = False
+) -> bool:
     """
-    Whether `hidden` is computed on the CPU without gradients, and not for a graph that other runtimes are to read:
-    then, and only then, operators that have neither gradients nor a translation may compute it.
+    Whether the path for inference on the CPU may compute something from `input` and `others`, in place of calls of
+    `modules`, or by calls of them with parts of a batch. It may where nobody can tell, but by time, memory, rounding:
+
+    - the tensors are plain ones in the CPU's memory, no subclass, as quantised weights are, and no other layout;
+    - gradients are off, forward-mode derivatives too, and no transformation of torch.func (vmap, jvp, ...) is at work;
+    - no graph is made that other runtimes are to read, by torch.export or torch.jit.trace;
+    - `torch.backends.mkldnn.flags(enabled=False)` does not ask for PyTorch's own arithmetic;
+    - autocast is off, or leaves `input` as it is, or `calls_layers`: then it acts within those;
+    - neither the modules nor any within are watched: see `is_watched`.
     """
     return (
-        hidden.device.type == "cpu"
+        all(
+            type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.layout == torch.strided
+            for tensor in (input, *others)
+        )
         and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
         and not is_exporting()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and bool(torch.backends.mkldnn.enabled)
+        and (calls_layers or not torch.is_autocast_enabled("cpu") or input.dtype == torch.get_autocast_dtype("cpu"))
+        and not any(is_watched(module) for module in modules)
     )
 
 
@@ -23,6 +63,84 @@ def is_exporting() -> bool:
     # Before 2.7 torch does not tell export from compilation, which is then taken for it.
     asked = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return bool(asked())
+
+
+def is_watched(module: nn.Module) -> bool:
+    """
+    Whether anything sees or changes a call of `module`, or of one within: hooks, those for all modules included, or a
+    `forward` put in the place of its own, as Accelerate's offloading and adapters do.
+    """
+    return bool(_has_any_global_hook()) or any(is_hooked(inner) for inner in module.modules())
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether `module` itself has hooks or a `forward` that is not its own, so that it may compute something else."""
+    hooks = module._forward_hooks
+    return bool(
+        (hooks and any(getattr(hook, "__module__", None) != RECORDERS for hook in hooks.values()))
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is PyTorch's own and nobody watches it, so that it can be computed without being called."""
+    return type(layer) is nn.Linear and not is_watched(layer)
+
+
+def linear(layer: nn.Module, input: Tensor, gelu: bool = False) -> Tensor:
+    """`layer` of `input` (..., C), a linear layer or what stands for one; then, if `gelu`, the exact (erf) GELU."""
+    if is_plain_linear(layer) and fits_cpu_linear(layer, input):
+        return cpu_linear(input, layer.weight, layer.bias, gelu)
+    warn_where_openmp_breaks(input)
+    output = layer(input)
+    return F.gelu(output) if gelu else output
+
+
+def fits_cpu_linear(layer: nn.Linear, input: Tensor) -> bool:
+    """Whether `cpu_linear` may compute a linear layer, and has the better arithmetic for it."""
+    parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    is_better = runs_in_float32(input.dtype) or (
+        input.numel() >= MIN_TOKENS_IN_ONEDNN * layer.in_features and has_onednn_linear(input.dtype)
+    )
+    return is_better and input.dtype == layer.weight.dtype and takes_cpu_path(input, *parameters)
+
+
+def convolve(layer: nn.Module, input: Tensor) -> Tensor:
+    """`layer` of `input` (B, C, H, W), a convolution or what stands for one."""
+    if (
+        type(layer) is nn.Conv2d
+        and runs_in_float32(input.dtype)
+        and input.dtype == layer.weight.dtype
+        and takes_cpu_path(input, layer.weight, modules=(layer,))
+    ):
+        bias = None if layer.bias is None else layer.bias.float()
+        return F.conv2d(input.float(), layer.weight.float(), bias, layer.stride, layer.padding).to(input.dtype)
+    return layer(input)
+
+
+@torch.compiler.assume_constant_result
+def runs_in_float32(dtype: torch.dtype) -> bool:
+    """
+    Whether the CPU's path computes this precision in float32, weights and results staying as they are: where the
+    processor has no products for it, or OpenMP grants too few threads for those of oneDNN.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not (has_products(dtype) and openmp_grants_threads())
+
+
+@cache
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether PyTorch says that this processor multiplies in this precision, and that oneDNN may do so here."""
+    if dtype != torch.bfloat16 or not has_onednn_linear(dtype):
+        return False  # Nothing below sums float16 in float32, which attention needs.
+    if not torch.cpu._is_avx2_supported():
+        return True  # No x86: there the question that `has_onednn_linear` asks is the whole one.
+    # On AVX-512 alone oneDNN emulates them.
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
 
 
 @torch.compiler.assume_constant_result
@@ -33,14 +151,132 @@ def has_onednn_linear(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@cache
+def _openmp() -> Any:
+    """The OpenMP library that PyTorch runs its threads with; None where it cannot be asked."""
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+        for name in ("thread_limit", "dynamic", "max_active_levels"):
+            getattr(library, f"omp_get_{name}")
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def openmp_grants_threads() -> bool:
+    """
+    Whether OpenMP gives PyTorch all threads that it asks for. oneDNN leaves a part of its results unwritten where
+    it gets fewer: by OMP_THREAD_LIMIT, OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS, or within a parallel region.
+    """
+    threads, openmp = torch.get_num_threads(), _openmp()
+    if threads == 1 or openmp is None:
+        return True
+    return bool(
+        openmp.omp_get_thread_limit() >= threads
+        and not openmp.omp_get_dynamic()
+        and openmp.omp_get_max_active_levels() > 0
+        and not openmp.omp_in_parallel()
+    )
+
+
+def warn_where_openmp_breaks(input: Tensor) -> None:
+    """Warns once where PyTorch's own layers of low precision are about to compute what is no number."""
+    if input.dtype != torch.bfloat16 or input.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not openmp_grants_threads():
+        warnings.warn(
+            f"OpenMP grants fewer than the {torch.get_num_threads()} threads that PyTorch asks for (OMP_THREAD_LIMIT, "
+            "OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS is set): its layers in bfloat16 may then give NaN. Call "
+            "torch.set_num_threads with what OpenMP grants, or use float32.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 # An operator of PyTorch's, since torch.compile does not take oneDNN's own into its graphs.
-@torch.library.custom_op("image_encoder_vit::cpu_linear", mutates_args=(), device_types="cpu")
-def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+@torch.library.custom_op(f"image_encoder_vit::cpu_linear_v{INTERFACE}", mutates_args=(), device_types="cpu")
+def cpu_linear(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """`input` (..., C) projected by `weight` (D, C) and `bias` (D,), then, if `gelu`, the exact (erf) GELU of that."""
-    activation, algorithm = ("gelu", "none") if gelu else ("none", "")
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, activation, [], algorithm)
+    if not runs_in_float32(input.dtype):
+        return _float32_or_native(input, weight, bias, gelu)
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    output = input.new_empty(*input.shape[:-1], weight.shape[0])
+    rows = zip(input.flatten(0, -2).split(ROWS_PER_CAST), output.flatten(0, -2).split(ROWS_PER_CAST), strict=True)
+    for some, result in rows:
+        result.copy_(_float32_or_native(some.float(), weight, bias, gelu))
+    return output
 
 
-@onednn_linear.register_fake
+def _float32_or_native(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    # Asked here too: what a compiled graph took for settled may have changed since.
+    if has_onednn_linear(input.dtype) and torch.backends.mkldnn.enabled and openmp_grants_threads():
+        activation, algorithm = ("gelu", "none") if gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(input, weight, bias, activation, [], algorithm)
+    output = F.linear(input, weight, bias)
+    return F.gelu(output) if gelu else output
+
+
+@cpu_linear.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def linear_flop(input_shape: Any, weight_shape: Any, *rest: Any, **keywords: Any) -> int:
+    """What `cpu_linear` computes, for PyTorch's FlopCounterMode: two for each multiplication and addition."""
+    return 2 * input_shape.numel() * weight_shape[0]
+
+
+def register_flops(name: str, formula: Any) -> None:
+    """Registers the FLOPs of the operator `name` of ours, once for all copies of this code in a process."""
+    operator = getattr(torch.ops.image_encoder_vit, f"{name}_v{INTERFACE}")
+    if operator not in flop_registry:
+        register_flop_formula(operator)(formula)
+
+
+register_flops("cpu_linear", linear_flop)
+
+
+def chunked_attention(
+    query: Tensor, key: Tensor, value: Tensor, table_h: Tensor, table_w: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """
+    Attention over whole grids, a head and a few hundred queries at a time, or some heads of small grids, in one buffer
+    of no more than LOGITS_PER_CHUNK.
+
+    The bias is written into the buffer by broadcasting, the matrix product added to it, and the softmax taken in
+    place, all in `dtype`. `query`, `key`, `value` are (B, N, Q, D) with any strides, `table_h` (H, H, D) and `table_w`
+    (W, W, D) as `relative_positions` gives them. Returns (B, Q, N, D), contiguous, in the dtype of `query`.
+    """
+    batch, heads, queries, dim = query.shape
+    height, width = len(table_h), len(table_w)
+    table_h, table_w = (table.to(dtype).transpose(1, 2) for table in (table_h, table_w))  # (H, D, H) and (W, D, W)
+    attended = query.new_empty(batch, queries, heads, dim)
+    queries_per_chunk = min(queries, max(1, LOGITS_PER_CHUNK // queries))
+    heads_per_chunk = min(heads, max(1, LOGITS_PER_CHUNK // queries**2))
+    buffer = query.new_empty(heads_per_chunk * queries_per_chunk * queries, dtype=dtype)
+    for image in range(batch):
+        for first in range(0, heads, heads_per_chunk):
+            some = slice(first, min(first + heads_per_chunk, heads))
+            # (n, Q, D) each; read many times each, so rows that lie together repay the copy.
+            q, k, v = (part[image, some].to(dtype).contiguous() for part in (query, key, value))
+            by_row = q.unflatten(1, (height, width))  # (n, H, W, D)
+            rel_h = (by_row @ table_h).flatten(1, 2)  # (n, Q, H)
+            rel_w = (by_row.transpose(1, 2) @ table_w).transpose(1, 2).flatten(1, 2)  # (n, Q, W)
+            for start in range(0, queries, queries_per_chunk):
+                chunk = slice(start, min(start + queries_per_chunk, queries))
+                size = len(q), chunk.stop - start, height, width
+                bias = buffer[: math.prod(size)].view(size)
+                torch.add(rel_h[:, chunk, :, None], rel_w[:, chunk, None, :], out=bias)
+                logits = bias.flatten(2)
+                multiply_into(logits, q[:, chunk], k.transpose(1, 2), dim**-0.5)
+                torch.softmax(logits, dim=-1, out=logits)
+                attended[image, chunk, some].copy_((logits @ v).transpose(0, 1))
+    return attended
+
+
+def multiply_into(sums: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """Adds `factor` times the products of matrices (n, Q, D) and (n, D, K) to `sums` (n, Q, K), in place."""
+    if len(sums) == 1:  # Threads share one product better than a batch of one.
+        torch.addmm(sums[0], left[0], right[0], alpha=factor, out=sums[0])
+    else:
+        torch.baddbmm(sums, left, right, alpha=factor, out=sums)

@@ -4,7 +4,7 @@
  * never whole. Windows are read where they lie in the page.
  *
  * hatch_build.py compiles this file twice: for float32, and with BFLOAT16 defined for bfloat16. Products are summed in
- * float32 in both. cpu_kernel.py calls it; cpu_inference_attention is the same in plain PyTorch.
+ * float32 in both. cpu_kernel.py calls it; attention.py has the same in plain PyTorch.
  *
  * Everything that enters a product is packed into words of 32 bits, one float32 or two neighbouring bfloat16, so that
  * one routine, `multiply`, serves both precisions, the logits, the values and the relative positions.
@@ -34,6 +34,7 @@ typedef float value_t;
 #define KEYS_PER_TILE 256      /* their keys and values stay in the second-level cache */
 #define QUERIES_PER_TASK 504   /* at most; 36 blocks, over which packing a tile of keys is spread */
 #define TILE_STRIDE (KEYS_PER_TILE + LANES) /* rows of a power of two would compete for the same lines of the cache */
+#define INTERFACE 2            /* of ATTENTION below: cpu_kernel.py calls no other */
 #define MASKED (-1e30f)        /* the logit of no key; finite, since infinities subtracted give no number */
 #define LOG2_E 1.44269504f
 #define VECTOR_BYTES 64
@@ -115,19 +116,24 @@ INLINE void multiply(float *result, long stride, const float *keep, float factor
     }
 }
 
-/* 2^x by the Taylor polynomial around the nearest whole number: to 1e-7, for bfloat16 to 5e-5. */
+/*
+ * 2^x by the polynomial that is closest to it between two whole numbers: to 1e-7, for bfloat16 to 8e-5. `scalef` rounds
+ * its exponent down, as the part that is left here is to be added to.
+ */
 INLINE __m512 exp2_of(__m512 x) {
-    __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
-    __m512 sum = _mm512_set1_ps(0.0096181291f);
-#ifndef BFLOAT16
-    sum = _mm512_fmadd_ps(_mm512_set1_ps(1.5403530e-4f), rest, _mm512_set1_ps(1.3333558e-3f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.0096181291f));
+    __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+#ifdef BFLOAT16
+    __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.0780235112f), rest, _mm512_set1_ps(0.226067831f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.695833691f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.999925156f));
+#else
+    __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.00187757056f), rest, _mm512_set1_ps(0.00898935963f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.0558262962f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.240153627f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.693153071f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.999999925f));
 #endif
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.055504109f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.24022651f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.69314718f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(sum, whole);
+    return _mm512_scalef_ps(sum, x);
 }
 
 /* Transposes a square of LANES x LANES words by swapping ever larger blocks across the diagonal. */
@@ -310,7 +316,8 @@ static void run_task(const call_t *call, const scratch_t *scratch, long task) {
     long queries = at_most(call->queries_per_task, real_tokens - first_query);
     long keys = call->rows * call->columns, words = words_of(call), dims = dims_of(call);
     long stride_h = bias_stride(call->rows), stride_w = bias_stride(call->columns);
-    long blocks = ceil_div(queries, ROWS); /* none where the region ended before */
+    if (queries <= 0) return; /* the region ended before */
+    long blocks = ceil_div(queries, ROWS);
 
     for (long block = 0; block < blocks; block++) {
         long rows[ROWS], columns[ROWS];
@@ -334,7 +341,7 @@ static void run_task(const call_t *call, const scratch_t *scratch, long task) {
     memset(scratch->values, 0, (size_t)(KEYS_PER_TILE / VALUES_PER_WORD * dims) * sizeof(uint32_t));
 
     float scale = 1 / __builtin_sqrtf((float)call->dim);
-    for (long first = 0; blocks && first < keys; first += KEYS_PER_TILE) {
+    for (long first = 0; first < keys; first += KEYS_PER_TILE) {
         long tile = at_most(KEYS_PER_TILE, keys - first);
         const value_t *key_vectors[KEYS_PER_TILE], *value_vectors[KEYS_PER_TILE];
         for (long i = 0; i < tile; i++) {
@@ -401,6 +408,10 @@ static void run_tasks(void *argument) {
     lay_out(&scratch, (uintptr_t)call->scratch + part * call->scratch_size, call);
     for (long task; (task = atomic_fetch_add(&call->next_task, 1)) < call->tasks;) run_task(call, &scratch, task);
 }
+
+#ifndef BFLOAT16
+const int image_encoder_vit_interface = INTERFACE;
+#endif
 
 /*
  * Computes `attended` from `qkv`; all arrays as in call_t, contiguous, the tables (2 * length - 1, dim) for the side of

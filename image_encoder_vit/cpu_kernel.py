@@ -6,21 +6,28 @@ the encoder computes the same through PyTorch, more slowly.
 """
 
 import ctypes
-import importlib.util
+import json
+import warnings
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
 
+from .cpu_inference import INTERFACE, has_products, register_flops
+
 LIBRARY = "_cpu_kernel.so"
+PACKAGE = "image_encoder_vit"
 
 
 class Kernel(NamedTuple):
-    """The kernel's library, and the function of the OpenMP library PyTorch is linked with that runs it in threads."""
+    """The kernel's functions by precision, and that of PyTorch's OpenMP library which runs them in threads."""
 
-    library: ctypes.CDLL
+    functions: dict[torch.dtype, Any]
     parallel: Any
 
 
@@ -29,28 +36,72 @@ def has_attention_kernel(dtype: torch.dtype) -> bool:
     """Whether the kernel is installed, and this processor can run it in this precision."""
     if attention_kernel() is None:
         return False
-    if dtype == torch.bfloat16:
-        # PyTorch knows of the processor's bfloat16 products, under no public name.
-        is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return is_supported is not None and bool(is_supported())
-    return dtype == torch.float32
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_products(dtype))
 
 
 @cache
 def attention_kernel() -> Kernel | None:
-    """The kernel, or None where it is not installed or the processor is another."""
+    """The kernel, or None where it is not installed, cannot be loaded, or the processor is another."""
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return None
-    # Code that was saved beside a checkpoint has no library of its own; where the package is installed, its one serves.
-    spec = importlib.util.find_spec("image_encoder_vit")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    paths = [path for folder in folders if (path := Path(folder, LIBRARY)).exists()]
-    parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
-    return Kernel(ctypes.CDLL(str(paths[0])), parallel) if paths and parallel else None
+    path = installed_library()
+    if path is None:
+        return None
+    try:
+        return load_kernel(path)
+    except (OSError, AttributeError, ValueError) as error:
+        warnings.warn(
+            f"{path} cannot be used, PyTorch computes the attention instead, more slowly: {error}. Installing the "
+            "package again compiles it anew.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def installed_library() -> Path | None:
+    """
+    Where the library lies in the package as installed, if it does.
+
+    Code that was saved beside a checkpoint has none of its own: the installed package's serves. A folder of that
+    name which merely lies on Python's path does not.
+    """
+    if __package__ == PACKAGE:
+        folders = [Path(__file__).parent]
+    else:
+        try:
+            distribution = metadata.distribution(PACKAGE)
+            origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        except (metadata.PackageNotFoundError, ValueError, OSError):
+            return None
+        folders = [Path(str(distribution.locate_file(PACKAGE)))]
+        if origin.get("dir_info", {}).get("editable"):
+            folders.append(Path(url2pathname(urlparse(origin["url"]).path), PACKAGE))
+    return next((path for folder in folders if (path := folder / LIBRARY).is_file()), None)
+
+
+def load_kernel(path: Path) -> Kernel:
+    """
+    Loads the kernel's library.
+
+    Raises:
+        OSError: If it is no library for this machine.
+        AttributeError: If it, or PyTorch, lacks a function.
+        ValueError: If it was compiled for another version of this module.
+    """
+    library = ctypes.CDLL(str(path))
+    interface = ctypes.c_int.in_dll(library, "image_encoder_vit_interface").value
+    if interface != INTERFACE:
+        raise ValueError(f"its interface is version {interface}, not {INTERFACE}")
+    functions = {
+        dtype: getattr(library, f"image_encoder_vit_attention_{str(dtype).removeprefix('torch.')}")
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    return Kernel(functions, ctypes.CDLL(torch._C.__file__).GOMP_parallel)
 
 
 # An operator of PyTorch's, so that torch.compile takes it into its graphs as it is.
-@torch.library.custom_op("image_encoder_vit::cpu_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"image_encoder_vit::cpu_attention_v{INTERFACE}", mutates_args=(), device_types="cpu")
 def kernel_attention(
     qkv: Tensor, padding: Tensor | None, table_h: Tensor, table_w: Tensor, num_heads: int, window_size: int
 ) -> Tensor:
@@ -59,19 +110,20 @@ def kernel_attention(
 
     In windows of `window_size` patches, filled up with `padding` (3 * C,), or over the whole grid where that is 0. The
     tables (2 * length - 1, C / heads) are those of relative positions, resized for the window or the grid. All have
-    one dtype; C / heads is even.
+    one dtype; C / heads is even. `padding` may be None where no window sticks out of the grid.
 
     Raises:
+        ValueError: If the shapes or dtypes do not fit together.
         MemoryError: If there is no memory for the kernel's buffers, about 1 MB for each thread.
     """
+    check_operands(qkv, padding, table_h, table_w, num_heads, window_size)
     batch, height, width, channels = qkv.shape
     attended = qkv.new_empty(batch, height, width, channels // 3)
     arrays = [qkv if tensor is None else tensor.contiguous() for tensor in (qkv, padding, table_h, table_w)]
     sizes = batch, height, width, num_heads, channels // 3 // num_heads, window_size
     kernel = attention_kernel()
     assert kernel is not None
-    name = "image_encoder_vit_attention_" + {torch.float32: "float32", torch.bfloat16: "bfloat16"}[qkv.dtype]
-    failed = kernel.library[name](
+    failed = kernel.functions[qkv.dtype](
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (attended, *arrays)),
         *map(ctypes.c_long, sizes),
         ctypes.c_uint(torch.get_num_threads()),
@@ -82,8 +134,58 @@ def kernel_attention(
     return attended
 
 
+def check_operands(
+    qkv: Tensor, padding: Tensor | None, table_h: Tensor, table_w: Tensor, num_heads: int, window_size: int
+) -> None:
+    """
+    Checks that the operands of `kernel_attention`, which reads memory by these shapes, fit together.
+
+    Raises:
+        ValueError: Naming the shapes seen.
+    """
+    _, height, width, channels = qkv.shape
+    dim = channels // 3 // max(1, num_heads)
+    tables = [(2 * (window_size or side) - 1, dim) for side in (height, width)]
+    sticks_out = bool(window_size) and bool(height % window_size or width % window_size)
+    operands = [tensor for tensor in (qkv, padding, table_h, table_w) if tensor is not None]
+    if (
+        num_heads < 1
+        or window_size < 0
+        or channels != 3 * num_heads * dim
+        or dim < 2
+        or dim % 2
+        or [tuple(table_h.shape), tuple(table_w.shape)] != tables
+        or (tuple(padding.shape) != (channels,) if padding is not None else sticks_out)
+        or any(tensor.dtype != qkv.dtype or tensor.device.type != "cpu" for tensor in operands)
+        or qkv.dtype not in (torch.float32, torch.bfloat16)
+    ):
+        shapes = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in operands)
+        raise ValueError(
+            f"The attention kernel cannot take {shapes} with {num_heads} heads in windows of {window_size}: it needs "
+            "(B, H, W, 3 * C), padding (3 * C,) where windows stick out, and tables (2 * length - 1, C / heads), all "
+            "float32 or all bfloat16, with an even C / heads."
+        )
+
+
 @kernel_attention.register_fake
 def _(
     qkv: Tensor, padding: Tensor | None, table_h: Tensor, table_w: Tensor, num_heads: int, window_size: int
 ) -> Tensor:
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+def attention_flop(
+    qkv: Any, padding: Any, table_h: Any, table_w: Any, num_heads: int, window_size: int, **keywords: Any
+) -> int:
+    """
+    What `kernel_attention` computes by the shapes of its operands, for PyTorch's FlopCounterMode, counted as the plain
+    path's is: logits, values and both parts of the bias, of all tokens of a window, real or padding.
+    """
+    batch, height, width, channels = qkv
+    rows, columns = (window_size, window_size) if window_size else (height, width)
+    regions = batch * -(-height // rows) * -(-width // columns)
+    keys = rows * columns
+    return 2 * regions * keys * (2 * keys + rows + columns) * channels // 3
+
+
+register_flops("cpu_attention", attention_flop)

@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import eager_attention, resize_pos_embed
 from .configuration_deep_encoder import DeepEncoderConfig
 from .configuration_image_encoder_vit import ImageEncoderViTConfig  # noqa: F401
-from .cpu_inference import is_cpu_inference  # noqa: F401
+from .cpu_inference import linear
 from .cpu_kernel import kernel_attention  # noqa: F401
 from .feature_maps import stitch_tiles
 from .image_geometry import cell_edges  # noqa: F401
@@ -31,7 +31,6 @@ from .modeling_image_encoder_vit import (
     ImageEncoderViT,
     ImageEncoderViTAttention,
     ImageEncoderViTBlock,
-    ImageEncoderViTLinear,
     StrictPreTrainedModel,
     check_tiles,
     encoder_of,
@@ -82,18 +81,18 @@ class DeepEncoderClipAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv_proj = ImageEncoderViTLinear(width, 3 * width)
-        self.out_proj = ImageEncoderViTLinear(width, width)
+        self.qkv_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> tuple[Tensor, Tensor | None]:
-        by_head = self.qkv_proj(hidden).unflatten(2, (3, self.num_heads, -1))
+        by_head = linear(self.qkv_proj, hidden).unflatten(2, (3, self.num_heads, -1))
         query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, Q, C / heads) each
         weights = None
         if attn_implementation == "eager":
             attended, weights = eager_attention(query, key, value, None)
         else:  # FlexAttention is for SAM's relative positions; there are none here.
             attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights
+        return linear(self.out_proj, attended.transpose(1, 2).flatten(2)), weights
 
 
 class DeepEncoderClipMLP(nn.Module):
@@ -101,11 +100,11 @@ class DeepEncoderClipMLP(nn.Module):
 
     def __init__(self, width: int, mlp_dim: int) -> None:
         super().__init__()
-        self.fc1 = ImageEncoderViTLinear(width, mlp_dim)
-        self.fc2 = ImageEncoderViTLinear(mlp_dim, width)
+        self.fc1 = nn.Linear(width, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.fc2(quick_gelu(self.fc1(hidden)))
+        return linear(self.fc2, quick_gelu(linear(self.fc1, hidden)))
 
 
 class DeepEncoderClipBlock(GradientCheckpointingLayer):
@@ -158,10 +157,10 @@ class DeepEncoderProjector(nn.Module):
 
     def __init__(self, channels: int, projection_size: int) -> None:
         super().__init__()
-        self.layers = ImageEncoderViTLinear(channels, projection_size)
+        self.layers = nn.Linear(channels, projection_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.layers(hidden)
+        return linear(self.layers, hidden)
 
 
 class DeepEncoderTowers(nn.Module):

@@ -25,29 +25,21 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import (
-    cpu_inference_attention,
-    eager_attention,
-    flex_attention,
-    relative_logits,
-    resize_pos_embed,
-    resize_rel_pos,
-    sdpa_attention,
-    window_partition,
-    window_unpartition,
-)
+from .attention import RelativeTables, attend, resize_pos_embed
 from .configuration_image_encoder_vit import ImageEncoderViTConfig, checked_config
 from .cpu_inference import (
-    MIN_TOKENS_IN_ONEDNN,
-    has_onednn_linear,
-    is_cpu_inference,
-    onednn_linear,
+    convolve,
+    cpu_linear,
+    fits_cpu_linear,
+    is_hooked,
+    linear,
+    takes_cpu_path,
 )
-from .cpu_kernel import has_attention_kernel, kernel_attention
+from .cpu_kernel import kernel_attention  # noqa: F401
 from .feature_maps import checked_tile_grids, stitch_tiles
 from .image_geometry import cell_edges  # noqa: F401
 
-# The last import is for transformers before 5.10, which copies of saved code only what this module itself names.
+# The unused imports are for transformers before 5.10, which copies of saved code only what this module itself names.
 
 logger = logging.get_logger(__name__)
 
@@ -55,18 +47,6 @@ LAYER_NORM_EPS = 1e-6  # In every norm, LayerNorm2d included.
 MAX_NAMES_IN_ERROR = 12
 HEAD_PREFIX = "classifier."
 TOKENS_PER_BAND = 1792  # At most, where a row of windows has fewer: two rows of windows of 14 at 1024 x 1024 px.
-
-
-def is_unhooked(module: nn.Module) -> bool:
-    """
-    Whether `module` is one of our linear layers that nothing watches or wraps, as hooks, adapters and Accelerate's
-    offloading do: then, and only then, a method other than `__call__` may compute it.
-    """
-    return (
-        type(module) is ImageEncoderViTLinear
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and "forward" not in module.__dict__  # torch 2.4 does not compile `vars`.
-    )
 
 
 class ImageEncoderViTLayerNorm2d(nn.LayerNorm):
@@ -84,38 +64,15 @@ class ImageEncoderViTPatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.proj(pixel_values.to(self.proj.weight.dtype)).permute(0, 2, 3, 1)
+        patches = convolve(self.proj, pixel_values.to(self.proj.weight.dtype)).permute(0, 2, 3, 1)
         return patches.contiguous()  # Channels last in memory too: every layer up to the neck works on channels.
 
 
 class ImageEncoderViTLinear(nn.Linear):
-    """
-    A linear layer over the channels of (B, H, W, C).
-
-    In inference on the CPU it goes to oneDNN, which computes the same sums faster than PyTorch's default matrix
-    library does.
-    """
+    """A linear layer (..., C) to (..., D) that takes the CPU's path by itself, inside of modules that call it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._fits_onednn(input):
-            return onednn_linear(input, self.weight, self.bias)
-        return super().forward(input)
-
-    def forward_gelu(self, input: Tensor) -> Tensor:
-        """The layer and the exact GELU of its output; in oneDNN in one pass."""
-        if self._fits_onednn(input):
-            return onednn_linear(input, self.weight, self.bias, gelu=True)
-        return F.gelu(super().forward(input))
-
-    def _fits_onednn(self, input: Tensor) -> bool:
-        return (
-            is_cpu_inference(input)
-            and input.numel() >= MIN_TOKENS_IN_ONEDNN * self.in_features
-            and input.dtype == self.weight.dtype
-            and type(self.weight) is nn.Parameter  # A quantised weight is a subclass.
-            and not torch.is_autocast_enabled("cpu")  # It casts the inputs of PyTorch's own layers.
-            and has_onednn_linear(input.dtype)
-        )
+        return cpu_linear(input, self.weight, self.bias) if fits_cpu_linear(self, input) else super().forward(input)
 
 
 class ImageEncoderViTAttention(nn.Module):
@@ -134,8 +91,8 @@ class ImageEncoderViTAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
-        self.qkv = ImageEncoderViTLinear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.proj = ImageEncoderViTLinear(embed_dim, embed_dim)
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
         self.use_rel_pos = use_rel_pos
         if use_rel_pos:
             head_dim = embed_dim // num_heads
@@ -143,57 +100,18 @@ class ImageEncoderViTAttention(nn.Module):
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_size - 1, head_dim))
 
     def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> tuple[Tensor, Tensor | None]:
-        grid = hidden.shape[1], hidden.shape[2]
-        qkv = self.qkv(hidden)  # (B, H, W, 3 * C)
-        # Only real tokens go through the projections: padding is filled in.
-        padding = self._projected_padding(qkv) if self.window_size else None
-        if attn_implementation != "eager" and self._fits_kernel(qkv):
-            table_h = resize_rel_pos(self.rel_pos_h, self.window_size or grid[0]).to(qkv.dtype)
-            table_w = resize_rel_pos(self.rel_pos_w, self.window_size or grid[1]).to(qkv.dtype)
-            attended = kernel_attention(qkv, padding, table_h, table_w, self.num_heads, self.window_size)
-            weights = None
-        elif padding is not None:
-            attended, weights = self._attend(window_partition(qkv, self.window_size, padding), attn_implementation)
-            attended = window_unpartition(attended, grid)
-        else:
-            attended, weights = self._attend(qkv, attn_implementation)
-        return self.proj(attended), weights
-
-    def _projected_padding(self, qkv: Tensor) -> Tensor:
-        """What `qkv` (B, H, W, 3 * C) would hold of a padding token, which is zero: (3 * C,)."""
-        if is_unhooked(self.qkv):
-            return qkv.new_zeros(qkv.shape[3]) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype)
-        return self.qkv(qkv.new_zeros(1, 1, 1, self.qkv.in_features)).flatten()
-
-    def _fits_kernel(self, qkv: Tensor) -> bool:
-        head_dim = qkv.shape[3] // 3 // self.num_heads
-        return (
-            self.use_rel_pos
-            and is_cpu_inference(qkv)
-            and head_dim % 2 == 0  # Two values of bfloat16 make a word of the kernel's.
-            and type(self.rel_pos_h) is nn.Parameter
-            and has_attention_kernel(qkv.dtype)
-        )
-
-    def _attend(self, qkv: Tensor, attn_implementation: str) -> tuple[Tensor, Tensor | None]:
-        """From (B, H, W, 3 * C) to the attended values (B, H, W, C) and, if "eager", the weights (B, heads, Q, K)."""
-        batch, height, width, _ = qkv.shape
-        by_head = qkv.reshape(batch, height * width, 3, self.num_heads, -1)
-        query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, H * W, C / heads) each
-        grid = (height, width)
-        is_inference = is_cpu_inference(qkv) and not torch.compiler.is_compiling()  # It writes in place.
-        if attn_implementation != "eager" and self.use_rel_pos and not self.window_size and is_inference:
-            attended = cpu_inference_attention(query, key, value, self.rel_pos_h, self.rel_pos_w, grid)
-            return attended.reshape(batch, height, width, -1), None
-        relative = relative_logits(query, self.rel_pos_h, self.rel_pos_w, grid) if self.use_rel_pos else None
-        weights = None
-        if attn_implementation == "eager":
-            attended, weights = eager_attention(query, key, value, relative)
-        elif attn_implementation == "flex_attention" and relative is not None and not self.window_size:
-            attended = flex_attention(query, key, value, relative)  # The bias of windows is small enough for sdpa.
-        else:
-            attended = sdpa_attention(query, key, value, relative)
-        return attended.transpose(1, 2).reshape(batch, height, width, -1), weights
+        """(B, H, W, C) to the same and, with "eager", the attention weights (B * windows, heads, Q, K)."""
+        height, width, channels = hidden.shape[1:]
+        padding = None
+        if self.window_size and type(self.qkv) is nn.Linear and not is_hooked(self.qkv):
+            # Only real tokens go through the projections: of zeros, `qkv` makes its bias.
+            padding = hidden.new_zeros(3 * channels) if self.qkv.bias is None else self.qkv.bias
+        elif self.window_size:
+            hidden = F.pad(hidden, (0, 0, 0, -width % self.window_size, 0, -height % self.window_size))
+        qkv = linear(self.qkv, hidden)  # (B, H, W, 3 * C)
+        tables = RelativeTables(self.rel_pos_h, self.rel_pos_w) if self.use_rel_pos else None
+        attended, weights = attend(qkv, padding, tables, self.num_heads, self.window_size, attn_implementation)
+        return linear(self.proj, attended[:, :height, :width]), weights
 
 
 class ImageEncoderViTMLP(nn.Module):
@@ -201,13 +119,11 @@ class ImageEncoderViTMLP(nn.Module):
 
     def __init__(self, embed_dim: int, mlp_dim: int) -> None:
         super().__init__()
-        self.lin1 = ImageEncoderViTLinear(embed_dim, mlp_dim)
-        self.lin2 = ImageEncoderViTLinear(mlp_dim, embed_dim)
+        self.lin1 = nn.Linear(embed_dim, mlp_dim)
+        self.lin2 = nn.Linear(mlp_dim, embed_dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if is_unhooked(self.lin1):
-            return self.lin2(self.lin1.forward_gelu(hidden))
-        return self.lin2(F.gelu(self.lin1(hidden)))
+        return linear(self.lin2, linear(self.lin1, hidden, gelu=True))
 
 
 class ImageEncoderViTBlock(GradientCheckpointingLayer):
@@ -233,27 +149,38 @@ class ImageEncoderViTBlock(GradientCheckpointingLayer):
         self.mlp = ImageEncoderViTMLP(embed_dim, int(embed_dim * mlp_ratio))
 
     def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> Tensor:
-        if is_cpu_inference(hidden) and attn_implementation != "eager":
+        if attn_implementation != "eager" and takes_cpu_path(hidden, modules=self.children(), calls_layers=True):
             return self._forward_in_bands(hidden, attn_implementation)
         hidden = hidden + self.attn(self.norm1(hidden), attn_implementation)[0]
         return hidden + self.mlp(self.norm2(hidden))
 
     def _forward_in_bands(self, hidden: Tensor, attn_implementation: str) -> Tensor:
         """
-        The same, a band of rows at a time, for inference on the CPU: temporaries of a band fit into the cache and are
-        reused, where those of a whole page are fetched from the operating system page by page.
+        The same, a band of rows or a few small images at a time, for inference on the CPU: temporaries of a band fit
+        into the cache and are reused, where those of a whole page are fetched from the operating system page by page.
         """
+        height, width = hidden.shape[1:3]
         step = self.window_size or 1  # Windows stay whole.
-        rows = max(step, TOKENS_PER_BAND // hidden.shape[2] // step * step)
+        images = max(1, TOKENS_PER_BAND // (height * width))
+        rows = height if images > 1 else max(step, TOKENS_PER_BAND // width // step * step)
         if not self.window_size:
             hidden = hidden + self.attn(self.norm1(hidden), attn_implementation)[0]
         bands = []
-        for image in hidden.split(1):
-            for band in image.split(rows, dim=1):
+        for some in hidden.split(images):
+            for band in some.split(rows, dim=1):
                 if self.window_size:
                     band = band + self.attn(self.norm1(band), attn_implementation)[0]
                 bands.append((band + self.mlp(self.norm2(band))).flatten(0, 2))
         return torch.cat(bands).view_as(hidden)
+
+
+class ImageEncoderViTNeck(nn.Sequential):
+    """Convolutions over (B, C, H, W), each with its norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in self:
+            input = convolve(layer, input) if isinstance(layer, nn.Conv2d) else layer(input)
+        return input
 
 
 class ImageEncoderViT(nn.Module):
@@ -316,7 +243,7 @@ class ImageEncoderViT(nn.Module):
             )
             for index in range(depth)
         )
-        self.neck = nn.Sequential(
+        self.neck = ImageEncoderViTNeck(
             nn.Conv2d(embed_dim, out_chans, kernel_size=1, bias=False),
             ImageEncoderViTLayerNorm2d(out_chans, eps=LAYER_NORM_EPS),
             nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
@@ -363,7 +290,7 @@ class ImageEncoderViT(nn.Module):
             hidden = block(hidden, attn_implementation=attn_implementation)
         features = self.neck(hidden.permute(0, 3, 1, 2))  # (B, 256, H, W)
         for name in self.downsample_names:
-            features = getattr(self, name)(features)
+            features = convolve(getattr(self, name), features)
         return features
 
     def _feature_maps(self, hidden: Tensor, attn_implementation: str, stages: Collection[str]) -> tuple[Tensor, ...]:
@@ -382,7 +309,7 @@ class ImageEncoderViT(nn.Module):
         for name in ["neck", *self.downsample_names]:
             if len(maps) == wanted:
                 break
-            features = getattr(self, name)(features)
+            features = self.neck(features) if name == "neck" else convolve(getattr(self, name), features)
             if name in stages:
                 maps.append(features)
         return tuple(maps)

@@ -12,7 +12,7 @@ import torch
 from builders import random_pixels, relative_error, small_model
 from torch import Tensor
 
-from image_encoder_vit import ImageEncoderViTModel, modeling_image_encoder_vit
+from image_encoder_vit import ImageEncoderViTModel, attention
 from image_encoder_vit.attention import (
     eager_attention,
     relative_logits,
@@ -121,7 +121,7 @@ def test_the_encoder_gives_the_same_without_the_kernel(
     exact = exact_model(pixels).last_hidden_state
     model = exact_model.to(dtype)
     with_kernel = relative_error(model(pixels).last_hidden_state, exact)
-    monkeypatch.setattr(modeling_image_encoder_vit, "has_attention_kernel", lambda dtype: False)
+    monkeypatch.setattr(attention, "has_attention_kernel", lambda dtype: False)
     without = relative_error(model(pixels).last_hidden_state, exact)
     assert max(with_kernel, without) <= {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
 
@@ -139,7 +139,7 @@ def test_autocast_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model, pixels = small_model(), random_pixels(1, 3, 128, 128)
     expected = model(pixels).last_hidden_state
-    monkeypatch.setattr(modeling_image_encoder_vit, "kernel_attention", watched)
+    monkeypatch.setattr(attention, "kernel_attention", watched)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert relative_error(model(pixels).last_hidden_state.float(), expected) <= 5e-2
     assert set(dtypes) == {torch.bfloat16}

@@ -5,7 +5,7 @@ over the same parameters.
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from test_pull_native import CLIP, ENCODER, KINDS, TEXT, classes
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from image_encoder_vit import ImageEncoderViT
-from image_encoder_vit.modeling_image_encoder_vit import ImageEncoderViTBlock, ImageEncoderViTLinear
+from image_encoder_vit import ImageEncoderViT, cpu_inference
+from image_encoder_vit.cpu_inference import cpu_linear
+from image_encoder_vit.modeling_image_encoder_vit import ImageEncoderViTBlock
 from image_encoder_vit.runtimes.drop_in import find_sam_encoders, replace_sam_encoder
 
 BOUND = 1e-5
@@ -718,15 +719,14 @@ def test_replaced_models_are_copied_whole(copied: Callable[[Any], Any]) -> None:
         assert torch.equal(encoder_in(twin, "got_ocr2")(pixels)[0], expected)
 
 
-def linears(module: nn.Module) -> Iterator[nn.Module]:
-    return (child for child in module.modules() if isinstance(child, nn.Linear))
-
-
-def test_linear_layers_take_the_fast_path() -> None:
-    model = built("sam")
+def test_linear_layers_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, weights = built("sam"), []
+    monkeypatch.setattr(cpu_inference, "cpu_linear", lambda *call: weights.append(call[1]) or cpu_linear(*call))
     replace_sam_encoder(model)
-    assert {type(layer) for layer in linears(model.vision_encoder)} == {ImageEncoderViTLinear}
-    assert ImageEncoderViTLinear not in {type(layer) for layer in linears(model.mask_decoder)}
+    with torch.no_grad():
+        model.vision_encoder(random_pixels(1, 3, 128, 128))
+    expected = [module.weight for module in model.vision_encoder.layers.modules() if isinstance(module, nn.Linear)]
+    assert {id(weight) for weight in weights} == {id(weight) for weight in expected}
 
 
 def test_a_compiled_drop_in_returns_attention_weights() -> None:

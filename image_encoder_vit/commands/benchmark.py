@@ -1,7 +1,8 @@
 """Times the encoder side by side with other implementations of it, on the same random weights and the same pixels.
 
-Every contender must agree with transformers' class first; one that does not gets no number. Rounds are interleaved, so
-that all contenders see the same machine; the ratio is the median of the rounds' ratios.
+Every contender must agree with transformers' class first; one that does not, or that fails, gets a reason in place of
+its numbers, and the status is 1. Rounds are interleaved, so that all contenders see the same machine; the ratio is the
+median of the rounds' ratios. --grid measures the images and batches that fine-tuning and retrieval use.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,15 +33,20 @@ from .. import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel
 from ..attention import resize_pos_embed, resize_rel_pos
 from ..runtimes.fixed_size import FixedSizeEncoder, export_program, without_exporters_warnings
 from ..runtimes.openvino import compile_for_openvino
+from ..storage.atomic_file import atomic_file
+from ..support.text import message_of
 from ..weights.naming import TRANSFORMERS
 from .frame import run_command
 from .options import command_parser
 
 BASELINE = "transformers sdpa"
 OURS = "image-encoder-vit"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_DTYPES = ("float32", "bfloat16")
+# Small images, and the batches that take about as long as one of 1024 x 1024 px: (px, batch).
+GRID = ((224, 1), (224, 16), (384, 1), (384, 8), (512, 1), (512, 4), (640, 1))
 FLOAT32_BOUND = 1e-5  # relative error against the baseline
-BFLOAT16_FACTOR = 1.15  # error against float32, over the baseline's
+BFLOAT16_FACTOR = 1.15  # error of a low precision against float32, over the baseline's
 GEMM_SHAPE = (4096, 768, 3072)  # lin1 at 1024 x 1024 px
 SEED = 0
 # A short pause lets the threads of one runtime stop spinning before another one's are timed.
@@ -71,7 +79,7 @@ class Result(NamedTuple):
     contender: str
     median_s: float
     spread: float
-    ratio: float
+    ratio: float | None  # none without a baseline
     error: float
     gflop_per_s: float
     share_of_gemm: float
@@ -89,40 +97,44 @@ def compare(arguments: argparse.Namespace) -> int:
         return 0
     print(describe_machine(), flush=True)
     report: dict[str, Any] = {"machine": describe_machine(), "cases": []}
-    failed = False
     for case in arguments.cases:
         print(f"\n{case}", flush=True)
         results, refused = benchmark(case, arguments)
-        failed |= bool(refused)
         print_table(results, refused)
         report["cases"].append({"case": case._asdict(), "results": [r._asdict() for r in results], "refused": refused})
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        if arguments.json:
+            with atomic_file(arguments.json) as path:
+                path.write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.grid:
+        print_grid(report["cases"])
     if arguments.plot:
         plot(report, arguments.plot)
-    return 1 if failed else 0
+    return 1 if any(entry["refused"] for entry in report["cases"]) else 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("benchmark", __doc__)
     parser.add_argument("--sizes", nargs="+", default=["1024x1024"], metavar="HxW", help="image sizes in px")
-    parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DTYPES])
+    parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DEFAULT_DTYPES])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--contenders", nargs="+", choices=[*CONTENDERS], default=[BASELINE, OURS])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--deepseek-file", type=Path, help="path to DeepSeek-OCR's deepencoder.py, for 'deepseek'")
+    parser.add_argument("--grid", action="store_true", help="small images in batches, in place of --sizes, --batches")
+    parser.add_argument(
+        "--deepseek-file", type=Path, help="DeepSeek-OCR's deepencoder.py or sam_vary_sdpa.py, for 'deepseek'"
+    )
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory unmeasured")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="draw the medians there (needs matplotlib)")
     parser.add_argument("--measure-memory", choices=[*CONTENDERS], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    arguments.cases = [
-        Case(height_px, width_px, batch, dtype)
-        for height_px, width_px in (map(int, size.split("x")) for size in arguments.sizes)
-        for batch in arguments.batches
-        for dtype in arguments.dtypes
-    ]
+    sizes = [[int(side) for side in size.split("x")] for size in arguments.sizes]
+    cases = [(height, width, batch) for height, width in sizes for batch in arguments.batches]
+    if arguments.grid:
+        cases = [(side, side, batch) for side, batch in GRID]
+    arguments.cases = [Case(*case, dtype) for case in cases for dtype in arguments.dtypes]
+    arguments.memory &= not arguments.grid
     return arguments
 
 
@@ -195,15 +207,31 @@ def run_ours_compiled(case: Case, deepseek_file: Path | None) -> Run:
 def run_deepseek(case: Case, deepseek_file: Path | None) -> Run:
     """DeepSeek's own file, which holds `build_sam_vit_b`."""
     if deepseek_file is None:
-        raise ImportError("give the path of DeepSeek-OCR's deepencoder.py with --deepseek-file")
+        raise ImportError("give the path of DeepSeek-OCR's deepencoder.py or sam_vary_sdpa.py with --deepseek-file")
     spec = importlib.util.spec_from_file_location("deepencoder", deepseek_file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with stand_in_for("flash_attn"):
+        spec.loader.exec_module(module)
     encoder = module.build_sam_vit_b(checkpoint=None).eval()
     encoder.load_state_dict(random_encoder("float32").encoder.state_dict())
     return encoder.to(DTYPES[case.dtype])
+
+
+@contextmanager
+def stand_in_for(name: str) -> Iterator[None]:
+    """A module that has every name and none that works, for code that imports one which it does not use."""
+    if importlib.util.find_spec(name) is not None:
+        yield
+        return
+    stand_in = ModuleType(name)
+    stand_in.__getattr__ = lambda attribute: None  # type: ignore[method-assign]
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def run_segment_anything(case: Case, deepseek_file: Path | None) -> Run:
@@ -223,10 +251,16 @@ def run_segment_anything(case: Case, deepseek_file: Path | None) -> Run:
 
 
 def run_timm(case: Case, deepseek_file: Path | None) -> Run:
-    """The encoder of timm up to the neck, then this package's two convolutions."""
+    """
+    The encoder of timm up to the neck, then this package's two convolutions. Its norms have SAM's epsilon only when
+    told so: by default the blocks' is 1e-5.
+    """
     timm = importlib.import_module("timm")
     size = case.height_px, case.width_px
-    theirs = timm.create_model("samvit_base_patch16", img_size=size, num_classes=0, global_pool="")
+    normalization = functools.partial(nn.LayerNorm, eps=1e-6)
+    theirs = timm.create_model(
+        "samvit_base_patch16", img_size=size, num_classes=0, global_pool="", norm_layer=normalization
+    )
     return with_convolutions(theirs, case, rename=lambda name: name.replace("mlp.lin", "mlp.fc"))
 
 
@@ -267,6 +301,8 @@ def with_baked_positions(encoder: Any, case: Case) -> Any:
 
 def in_openvino(program: ExportedProgram, case: Case) -> Run:
     """A graph whose first output is the feature map, run by OpenVINO in the precision of the case."""
+    if case.dtype == "float16":
+        raise ImportError("it takes float32 and bfloat16 here")
     precision = {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
     shape = (case.batch, 3, case.height_px, case.width_px)
     compiled = compile_for_openvino(program, shape, precision, torch.get_num_threads())
@@ -276,7 +312,7 @@ def in_openvino(program: ExportedProgram, case: Case) -> Run:
 def run_onnxruntime(case: Case, deepseek_file: Path | None) -> Run:
     """The class of transformers, exported to ONNX, in ONNX Runtime; float32 only."""
     if case.dtype != "float32":
-        raise ImportError("its CPU kernels have no bfloat16")
+        raise ImportError("its CPU kernels take float32 only")
     onnxruntime = importlib.import_module("onnxruntime")
     pixels = case.pixels
     native = build_transformers(case, "sdpa")
@@ -309,19 +345,20 @@ CONTENDERS: dict[str, Callable[[Case, Path | None], Run]] = {
 def benchmark(case: Case, arguments: argparse.Namespace) -> tuple[list[Result], dict[str, str]]:
     """Results of the contenders that agree with the baseline; the reasons of those that cannot be timed."""
     names = list(dict.fromkeys([BASELINE, *arguments.contenders]))
-    pixels = case.pixels
-    exact = build_transformers(case._replace(dtype="float32"), "sdpa")(pixels.to(torch.float32))
     runs: dict[str, Run] = {}
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
+    exact = None
     for name in names:
         try:
+            if exact is None:
+                exact = build_transformers(case._replace(dtype="float32"), "sdpa")(case.pixels.to(torch.float32))
             run = CONTENDERS[name](case, arguments.deepseek_file)
-        except ImportError as error:
-            print(f"  {name}: not available: {error}")
+            errors[name] = relative_error(run(case.pixels), exact)
+        except Exception as error:  # Whatever a peer's code raises costs its own row only.
+            refused[name] = reason_of(error)
             continue
-        errors[name] = relative_error(run(pixels), exact)
-        bound = FLOAT32_BOUND if case.dtype == "float32" else BFLOAT16_FACTOR * errors[BASELINE]
+        bound = FLOAT32_BOUND if case.dtype == "float32" else BFLOAT16_FACTOR * errors.get(BASELINE, torch.inf)
         if errors[name] <= bound:
             runs[name] = run
         else:
@@ -331,30 +368,49 @@ def benchmark(case: Case, arguments: argparse.Namespace) -> tuple[list[Result], 
     gemm_rates = []
     for _ in range(arguments.rounds):
         gemm_rates.append(gemm_gflop_per_s(DTYPES[case.dtype]))
-        for name, run in runs.items():
+        for name, run in list(runs.items()):
             time.sleep(PAUSE_S)
             start = time.perf_counter()
-            run(pixels)
+            try:
+                run(case.pixels)
+            except Exception as error:
+                refused[name] = reason_of(error)
+                del runs[name]
+                continue
             times[name].append(time.perf_counter() - start)
     gemm_rate = statistics.median(gemm_rates)
     gflop = count_gflop(case)
     results = []
-    for name, seconds in times.items():
+    for name in runs:
+        seconds, theirs = times[name], times.get(BASELINE) if BASELINE in runs else None
         median_s = statistics.median(seconds)
-        ratios = [theirs / ours for theirs, ours in zip(times[BASELINE], seconds, strict=True)]
+        memory_mb = None
+        if arguments.memory:
+            try:
+                memory_mb = memory_of(name, case, arguments)
+            except (OSError, ValueError, subprocess.CalledProcessError) as error:
+                refused[f"memory of {name}"] = reason_of(error)
         results.append(
             Result(
                 contender=name,
                 median_s=median_s,
                 spread=(max(seconds) - min(seconds)) / median_s,
-                ratio=statistics.median(ratios),
+                ratio=statistics.median(a / b for a, b in zip(theirs, seconds, strict=True)) if theirs else None,
                 error=errors[name],
                 gflop_per_s=gflop / median_s,
                 share_of_gemm=gflop / median_s / gemm_rate,
-                extra_memory_mb=memory_of(name, case, arguments) if arguments.memory else None,
+                extra_memory_mb=memory_mb,
             )
         )
     return results, refused
+
+
+def reason_of(error: Exception) -> str:
+    """In one line why a contender has no numbers."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return message_of(RuntimeError((error.stderr or "").strip().rpartition("\n")[2] or str(error)))
+    prefix = "not available: " if isinstance(error, ImportError) else f"{type(error).__name__}: "
+    return prefix + message_of(error)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -408,7 +464,7 @@ def measure_memory(name: str, case: Case, deepseek_file: Path | None) -> float:
     run = CONTENDERS[name](case, deepseek_file)
     pixels = case.pixels
     # A small image first, where the size is free: libraries allocate on first use.
-    if not name.startswith(("openvino", "onnxruntime")):
+    if not name.startswith(("openvino", "onnxruntime", "segment-anything", "timm")):
         run(case._replace(height_px=64, width_px=64).pixels)
     before_kb = memory_kb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -430,7 +486,7 @@ def print_table(results: Sequence[Result], refused: dict[str, str]) -> None:
             r.contender,
             f"{r.median_s:.2f}",
             f"{r.spread:.0%}",
-            f"{r.ratio:.2f}",
+            "-" if r.ratio is None else f"{r.ratio:.2f}",
             f"{r.error:.1e}",
             f"{r.gflop_per_s:.0f}",
             f"{r.share_of_gemm:.0%}",
@@ -446,6 +502,24 @@ def print_table(results: Sequence[Result], refused: dict[str, str]) -> None:
     sys.stdout.flush()
 
 
+def print_grid(cases: Sequence[dict[str, Any]]) -> None:
+    """The table of `--grid`: milliseconds for an image and the ratio to the baseline, a row for each size and batch."""
+    dtypes = list(dict.fromkeys(entry["case"]["dtype"] for entry in cases))
+    columns = [f"{dtype}, {what}" for dtype in dtypes for what in ("ms an image", "x baseline")]
+    print("\n| px | batch | " + " | ".join(columns) + " |\n|" + "---|" * (2 + len(columns)))
+    rows: dict[tuple[int, int], list[str]] = {}
+    for entry in cases:
+        side, batch = entry["case"]["height_px"], entry["case"]["batch"]
+        ours = next((result for result in entry["results"] if result["contender"] == OURS), None)
+        cells = ["-", "-"]
+        if ours is not None:
+            cells = [f"{ours['median_s'] / batch * 1e3:.0f}", "-" if ours["ratio"] is None else f"{ours['ratio']:.2f}"]
+        rows.setdefault((side, batch), []).extend(cells)
+    for (side, batch), cells in rows.items():
+        print(f"| {side} | {batch} | " + " | ".join(cells) + " |")
+    sys.stdout.flush()
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bars of the medians, a group for each case; from three sizes or batches on, how time and memory grow."""
     pyplot = importlib.import_module("matplotlib.pyplot")
@@ -456,11 +530,19 @@ def plot(report: dict[str, Any], path: Path) -> None:
         figure, axes = pyplot.subplots(1, len(cases), figsize=(4 * len(cases), 4), squeeze=False, layout="constrained")
         for axis, entry in zip(axes[0], cases, strict=True):
             names = [result["contender"] for result in entry["results"]]
-            axis.barh(names[::-1], [result["median_s"] for result in entry["results"]][::-1])
+            bars = axis.barh(names[::-1], [result["median_s"] for result in entry["results"]][::-1])
+            axis.bar_label(bars, [figures_of(result) for result in entry["results"]][::-1], fontsize=7, padding=2)
+            axis.margins(x=0.35)
             axis.set_title(str(Case(**entry["case"])), fontsize=8)
             axis.set_xlabel("median s")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def figures_of(result: dict[str, Any]) -> str:
+    """What a bar is labelled with: "2.39 s, 3.14 x" the baseline's speed."""
+    ratio = "" if result["ratio"] is None else f", {result['ratio']:.2f} x"
+    return f"{result['median_s']:.2f} s{ratio}"
 
 
 def plot_growth(pyplot: Any, cases: Sequence[dict[str, Any]]) -> Any:

@@ -232,24 +232,18 @@ def _drop_in_blocks(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     block: Any
     for name, block in blocks.named_children():
         attention, mlp = block.attn, block.mlp
-        new_attention = _view(
-            attention,
-            _stand_in_class(DropInAttention, _class_of(attention)),
-            qkv=_linear(attention.qkv),
-            proj=_linear(attention.proj),
-        )
+        new_attention = _view(attention, _stand_in_class(DropInAttention, _class_of(attention)))
         new_attention.window_size = block.window_size
         heads = "num_attention_heads" if hasattr(attention, "num_attention_heads") else "num_heads"
         new_attention.num_heads = getattr(attention, heads)
-        new_mlp = _view(mlp, ImageEncoderViTMLP, lin1=_linear(mlp.lin1), lin2=_linear(mlp.lin2))
+        new_mlp = _view(mlp, ImageEncoderViTMLP)
         ours = DropInTransformersBlock if hasattr(block, "layer_norm1") else DropInBlock
         yield name, _view(block, _stand_in_class(ours, _class_of(block)), attn=new_attention, mlp=new_mlp)
 
 
-def _linear(layer: Any) -> nn.Module:
-    """Our linear layer over the parameters of a plain one; any other layer itself."""
-    is_plain = type(layer) is nn.Linear and not _is_patched(layer)
-    return _view(layer, ImageEncoderViTLinear) if is_plain else layer
+def _linear(layer: nn.Module) -> nn.Module:
+    """Our linear layer over the parameters of a plain one."""
+    return _view(layer, ImageEncoderViTLinear)
 
 
 def _view(module: nn.Module, cls: Any, **children: nn.Module) -> Any:

@@ -9,20 +9,12 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..attention import (
-    MAX_BIAS_VALUES,
-    relative_bias,
-    relative_logits,
-    resize_pos_embed,
-    resize_rel_pos,
-)
+from ..attention import resize_pos_embed, resize_rel_pos
 from ..modeling_image_encoder_vit import (
     ImageEncoderViT,
     ImageEncoderViTAttention,
@@ -51,12 +43,13 @@ class FixedSizeEncoder(nn.Module):
         with torch.device("meta"):
             check_pixel_values(torch.empty(1, encoder.in_chans, *size), encoder.in_chans, encoder.patch_size)
         self.size = size
-        self.encoder = at_size(encoder, (size[0] // encoder.patch_size, size[1] // encoder.patch_size), chunked)
+        self.encoder = at_size(encoder, (size[0] // encoder.patch_size, size[1] // encoder.patch_size))
+        self.attn_implementation = "export_chunked" if chunked else "export"
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (B, 3, *size) to the features (B, C, h, w), their mean (B, C), and them as tokens (B, h * w, C)."""
-        features = self.encoder(pixel_values)
+        features = self.encoder(pixel_values, attn_implementation=self.attn_implementation)
         return features, features.mean(dim=(2, 3)), features.flatten(2).transpose(1, 2)
 
 
@@ -77,46 +70,13 @@ def check_convertible(encoder: ImageEncoderViT) -> None:
             raise ValueError(f"Weight {name!r} has no data (device 'meta'): load the encoder without offloading.")
 
 
-class FixedSizeAttention(ImageEncoderViTAttention):
-    """Attention of the same weights, written so that every exporter takes it."""
-
-    chunked: bool
-
-    def _attend(self, qkv: Tensor, attn_implementation: str) -> tuple[Tensor, None]:
-        batch, height, width, _ = qkv.shape
-        queries = height * width
-        by_head = qkv.reshape(batch, queries, 3, self.num_heads, -1)
-        query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, H * W, C / heads) each
-        if not self.use_rel_pos:
-            attended = F.scaled_dot_product_attention(query, key, value)
-        else:
-            rel_h, rel_w = relative_logits(query, self.rel_pos_h, self.rel_pos_w, (height, width))
-            chunk = max(1, MAX_BIAS_VALUES // (self.num_heads * queries)) if self.chunked else queries
-            parts = [slice(start, start + chunk) for start in range(0, queries, chunk)]
-            attended = torch.cat(
-                [
-                    F.scaled_dot_product_attention(
-                        query[:, :, part], key, value, attn_mask=relative_bias(rel_h[:, :, part], rel_w[:, :, part])
-                    )
-                    for part in parts
-                ],
-                dim=2,
-            )
-        # Exporters lower the attention to steps whose result lies in memory otherwise: only a copy reshapes always.
-        attended = attended.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        return attended.reshape(batch, height, width, -1), None
-
-
-def at_size(encoder: ImageEncoderViT, grid: tuple[int, int], chunked: bool) -> ImageEncoderViT:
+def at_size(encoder: ImageEncoderViT, grid: tuple[int, int]) -> ImageEncoderViT:
     """A float32 copy on the CPU with position tables for `grid` = (H, W), over the same weights where they are that."""
     weights = {id(parameter): _float32(parameter) for parameter in encoder.parameters()}
     result = copy.deepcopy(encoder, memo=dict(weights))
     if result.pos_embed is not None:
         result.pos_embed = _constant(resize_pos_embed(result.pos_embed.detach(), grid))
-    attention: Any
     for attention in (module for module in result.modules() if isinstance(module, ImageEncoderViTAttention)):
-        attention.__class__ = FixedSizeAttention
-        attention.chunked = chunked
         if attention.use_rel_pos and not attention.window_size:
             attention.rel_pos_h = _constant(resize_rel_pos(attention.rel_pos_h.detach(), grid[0]))
             attention.rel_pos_w = _constant(resize_rel_pos(attention.rel_pos_w.detach(), grid[1]))

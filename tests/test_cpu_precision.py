@@ -1,0 +1,98 @@
+"""Each precision on each processor that can be had or emulated here: in float32 where it has no products for it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import random_pixels, relative_error, small_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from image_encoder_vit import attention, cpu_inference
+
+TESTS = Path(__file__).parent
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+PROCESSORS = {
+    "as it is": {},
+    "AVX2": AVX2,
+    "AVX-512 without bfloat16": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+}
+needs_native = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.models.unlimited_ocr") is None, reason="transformers is too old for the peer"
+)
+
+
+@needs_native
+@pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the variables that emulate are for x86")
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_low_precision_is_as_exact_as_transformers_whatever_the_processor_multiplies(processor: str) -> None:
+    command = [sys.executable, str(TESTS / "precision_worker.py")]
+    environment = os.environ | PROCESSORS[processor]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, env=environment)
+    assert result.returncode == 0, result.stderr
+    measured: dict[str, Any] = json.loads(result.stdout)
+    assert "torch.float16" in measured["in float32"]
+    assert "torch.float32" not in measured["in float32"]
+    if processor != "as it is":
+        assert "torch.bfloat16" in measured["in float32"]
+        assert "torch.bfloat16" not in measured["kernel"]
+    if PROCESSORS[processor].get("ATEN_CPU_CAPABILITY"):
+        assert measured["kernel"] == []
+    for dtype, (ours, theirs) in measured["errors"].items():
+        assert ours <= {"torch.float32": 1e-5}.get(dtype, 1.05 * theirs), (dtype, ours, theirs)
+
+
+class Products(TorchDispatchMode):
+    """Collects the dtypes that PyTorch's own products are computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(function) for name in ("mm", "conv", "attention_for_cpu")):
+            self.dtypes |= {argument.dtype for argument in args if isinstance(argument, Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_kernel", [True, False], ids=["kernel", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.inference_mode()
+def test_without_products_weights_and_features_stay_and_sums_are_of_float32(
+    dtype: torch.dtype, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_inference, "has_products", lambda asked: False)
+    if not has_kernel:
+        monkeypatch.setattr(attention, "has_attention_kernel", lambda asked: False)
+    model, pixels = small_model().to(dtype), random_pixels(2, 3, 128, 176)
+    exact = small_model().double()(pixels.double()).last_hidden_state
+    with Products() as products:
+        features = model(pixels).last_hidden_state
+    assert features.dtype == dtype
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert products.dtypes == {torch.float32}
+    assert relative_error(features, exact) <= {torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+
+
+@torch.inference_mode()
+def test_without_products_a_compiled_encoder_sums_in_float32_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_inference, "has_products", lambda asked: False)
+    monkeypatch.setattr(attention, "has_attention_kernel", lambda asked: False)
+    model, pixels = small_model().to(torch.bfloat16), random_pixels(1, 3, 128, 176)
+    attended: list[torch.dtype] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        for node in graph.graph.nodes:
+            if node.target is torch.nn.functional.scaled_dot_product_attention:
+                attended.append(node.args[0].meta["example_value"].dtype)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    assert relative_error(compiled(pixels).last_hidden_state, model(pixels).last_hidden_state) <= 1e-2
+    assert set(attended) == {torch.float32}
