@@ -2,17 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
+VENV_NEWEST := .venv-newest
 VENV_TORCHVISION := .venv-torchvision
 NODE := .node
 TRANSFORMERS_JS := @huggingface/transformers@4.3.1
 # Everything but torchvision, whose registry builds for Linux want CUDA libraries, and torchao: transformers imports it
 # wherever it is installed, and it writes warnings to every program's stderr. Its tests find it in a folder of its own.
-EXTRAS := test,dev,plot,export,finetune,corpora,search
+EXTRAS := test,dev,plot,export,finetune,corpora,search,dist
 # What installing compiles.
 KERNEL := hatch_build.py image_encoder_vit/cpu_kernel.c
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: encode test benchmark lint check test-oldest test-torchvision test-js clean
+.PHONY: encode test benchmark lint check dist test-oldest test-newest test-torchvision test-js clean
 
 # The main job: encode the sample page, and draw it beside its features.
 encode: $(VENV)/.installed
@@ -33,9 +34,17 @@ lint: $(VENV)/.installed
 # What CI runs.
 check: lint test
 
+# What is published, each tried in an empty environment.
+dist: $(VENV)/.installed
+	$(VENV)/bin/python scripts/build_dist.py dist
+
 # The oldest supported versions; torch of that age comes with CUDA libraries, several GB.
 test-oldest: $(VENV_OLDEST)/.installed
 	$(VENV_OLDEST)/bin/python -m pytest
+
+# The newest releases of everything, beside the CPU build of torch.
+test-newest: $(VENV_NEWEST)/.installed
+	$(VENV_NEWEST)/bin/python -m pytest
 
 # The image processors with torchvision, whose registry builds come with CUDA libraries too; they run on the CPU.
 test-torchvision: $(VENV_TORCHVISION)/.installed
@@ -55,7 +64,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL)
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt $(KERNEL)
 	$(PYTHON) -m venv --clear $(VENV_OLDEST)
-	$(VENV_OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[test,torchvision,corpora]"
+	$(VENV_OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[test,corpora]"
+	touch $@
+
+$(VENV_NEWEST)/.installed: pyproject.toml constraints-newest.txt $(KERNEL)
+	$(PYTHON) -m venv --clear $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/python $(INSTALL) --constraint constraints-newest.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
 $(VENV_TORCHVISION)/.installed: pyproject.toml constraints-torchvision.txt $(KERNEL)
@@ -70,4 +84,4 @@ $(NODE)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(NODE) $(VENV) $(VENV_OLDEST) $(VENV_TORCHVISION) .suites_cache out
+	rm -rf $(NODE) $(VENV) $(VENV_OLDEST) $(VENV_TORCHVISION) .suites_cache dist out

@@ -2,10 +2,7 @@
 
 __version__ = "0.1.0"
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
-
-# Older releases ask for torchvision when it is imported from the top of transformers, although it works without.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.utils import is_torchvision_available
 
 from .configuration_deep_encoder import DeepEncoderConfig

@@ -141,6 +141,11 @@ class ImageEncoderViTConfig(BackboneConfigMixin, KnownKeywordsConfig):
 
     Raises:
         ValueError: For values that make no encoder, and for keywords that neither this class nor transformers knows.
+
+    Example:
+        >>> config = ImageEncoderViTConfig(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=[1])
+        >>> config.hidden_size, config.downsample_channels
+        (32, [512, 1024])
     """
 
     model_type = "image_encoder_vit"

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict, load_image
-from transformers.processing_utils import ImagesKwargs
+from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, is_torchvision_available
 
 from .feature_maps import ImageFeatureMaps, batch_feature_maps
@@ -89,6 +89,12 @@ class ImageEncoderViTViews(BaseImageProcessor):
       feature cell back to the original image with these two.
     - `pixel_values_local` (N, 3, tile_size, tile_size), only with `tile_size`: the N tiles of all images in order.
     - `tile_grids` (B, 2), only with `tile_size`: rows and columns of each image's tiles; 0 and 0 where it has none.
+
+    Example:
+        >>> page = np.full((300, 200, 3), 255, dtype=np.uint8)
+        >>> inputs = ImageEncoderViTImageProcessorPil(size=512)(page, return_tensors="pt")
+        >>> inputs.pixel_values.shape, inputs.valid_regions.tolist()  # centred, as wide as its aspect ratio
+        (torch.Size([1, 3, 512, 512]), [[0, 86, 512, 341]])
     """
 
     valid_kwargs = ImageEncoderViTImageProcessorKwargs
@@ -113,7 +119,7 @@ class ImageEncoderViTViews(BaseImageProcessor):
     min_tiles = 2
     max_tiles = 6
 
-    def __init__(self, preset: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, preset: str | None = None, **kwargs: Unpack[ImageEncoderViTImageProcessorKwargs]) -> None:
         if preset is not None:
             kwargs = preset_settings(preset) | kwargs
         # transformers keeps keywords it does not know as attributes, so a misspelt one would change nothing.
@@ -124,7 +130,7 @@ class ImageEncoderViTViews(BaseImageProcessor):
         super().__init__(**kwargs)
 
     @classmethod
-    def from_preset(cls, preset: str, **settings: Any) -> Any:
+    def from_preset(cls, preset: str, **settings: Unpack[ImageEncoderViTImageProcessorKwargs]) -> Any:
         """
         A processor with the settings of that name: "tiny", "small", "base", "large", "gundam", "unlimited-ocr",
         "deepseek-ocr-2", "sam" or "got-ocr2". `settings` override single ones.
@@ -287,7 +293,7 @@ class ImageEncoderViTImageProcessorPil(ImageEncoderViTViews, PilBackend):
 class ImageEncoderViTImageProcessor(ImageEncoderViTViews, TorchvisionBackend):
     __doc__ = ImageEncoderViTViews.__doc__
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Unpack[ImageEncoderViTImageProcessorKwargs]) -> None:
         if not is_torchvision_available():
             raise ImportError(
                 "ImageEncoderViTImageProcessor needs torchvision. Install it, or use ImageEncoderViTImageProcessorPil."

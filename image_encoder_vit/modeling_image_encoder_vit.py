@@ -190,6 +190,12 @@ class ImageEncoderViT(nn.Module):
 
     The keyword-only options are what real checkpoints need: `downsample_channels=()` is plain SAM, `(512, 896)` is
     DeepSeek-OCR-2. `ImageEncoderViTConfig` documents every argument.
+
+    Example:
+        >>> encoder = ImageEncoderViT(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,)).eval()
+        >>> with torch.inference_mode():
+        ...     encoder(torch.zeros(1, 3, 64, 128)).shape
+        torch.Size([1, 1024, 1, 2])
     """
 
     def __init__(
@@ -505,7 +511,17 @@ class ImageEncoderViTPreTrainedModel(StrictPreTrainedModel):
 
 
 class ImageEncoderViTModel(ImageEncoderViTPreTrainedModel):
-    """The encoder as a transformers model."""
+    """
+    The encoder as a transformers model.
+
+    Example:
+        >>> config = ImageEncoderViTConfig(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=[1])
+        >>> model = ImageEncoderViTModel(config).eval()  # `from_pretrained(folder)` for one with trained weights
+        >>> with torch.inference_mode():
+        ...     outputs = model(torch.zeros(1, 3, 64, 128))
+        >>> outputs.last_hidden_state.shape, outputs.patch_embeds.shape, outputs.pooler_output.shape
+        (torch.Size([1, 1024, 1, 2]), torch.Size([1, 2, 1024]), torch.Size([1, 1024]))
+    """
 
     def __init__(self, config: ImageEncoderViTConfig) -> None:
         super().__init__(config)
@@ -581,6 +597,13 @@ class ImageEncoderViTModel(ImageEncoderViTPreTrainedModel):
 class ImageEncoderViTForImageClassification(ImageEncoderViTPreTrainedModel):
     """
     The encoder with a linear head on its pooled features: one logit for each of `config.id2label`.
+
+    Example:
+        >>> config = ImageEncoderViTConfig(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=[1], num_labels=3)
+        >>> model = ImageEncoderViTForImageClassification(config).eval()
+        >>> with torch.inference_mode():
+        ...     model(torch.zeros(2, 3, 64, 64)).logits.shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, config: ImageEncoderViTConfig) -> None:
@@ -631,6 +654,14 @@ class ImageEncoderViTBackbone(BackboneMixin, ImageEncoderViTPreTrainedModel):
     "stem" (patches with positions) and "stage1" to "stage12" (the blocks) have 768 channels at stride 16, "neck" 256 at
     stride 16, "net_2" 512 at stride 32 and "net_3" 1024 at stride 64. It holds the weights of all stages, asked for or
     not, so the folders of [`ImageEncoderViTModel`] load as they are.
+
+    Example:
+        >>> config = ImageEncoderViTConfig(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=[1])
+        >>> config.out_features = ["stage2", "net_3"]
+        >>> with torch.inference_mode():
+        ...     maps = ImageEncoderViTBackbone(config).eval()(torch.zeros(1, 3, 64, 128)).feature_maps
+        >>> [tuple(feature_map.shape) for feature_map in maps]
+        [(1, 32, 4, 8), (1, 1024, 1, 2)]
     """
 
     def __init__(self, config: ImageEncoderViTConfig) -> None:

@@ -3,6 +3,7 @@ The package as its users run it: the scripts as processes of their own, and a fo
 `push` in a fresh process each time without importing torch again, for tests that need many.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -207,13 +208,14 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 def call(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    from image_encoder_vit.storage.retries import RetryPolicy
-    from image_encoder_vit.weights import push as push_module
-    from image_encoder_vit.weights.pull import pull
+    from image_encoder_vit.storage import RetryPolicy
+    from image_encoder_vit.weights import pull
+
+    push_module: Any = importlib.import_module("image_encoder_vit.weights.push")
 
     if function == "push_checked_before":
         # The check of the folder takes seconds, and is no part of what tests of the transfer are about.
-        push_module.check_remote_code = lambda folder, config: {}  # type: ignore[assignment]
+        push_module.check_remote_code = lambda folder, config: {}
     push = push_module.push
     if "retry" in arguments:
         arguments["retry"] = RetryPolicy(**arguments["retry"])

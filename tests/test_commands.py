@@ -17,6 +17,7 @@ from image_encoder_vit.commands import COMMANDS, main
 from image_encoder_vit.commands.frame import progress_bar, run_command
 from image_encoder_vit.commands.loading import choose_device, load_model, load_processor
 from image_encoder_vit.commands.options import OPTIONS
+from image_encoder_vit.support import import_extra
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"pull": "pull_from_hub", "push": "push_to_hub", "extract": "extract_features", "plot": "plot_features"}
@@ -48,6 +49,18 @@ def test_an_unknown_command_is_one_error(capsys: pytest.CaptureFixture[str]) -> 
         main(["fetch"])
     assert stopped.value.code == 2
     assert "invalid choice: 'fetch'" in capsys.readouterr().err
+
+
+def test_a_command_without_its_extra_names_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def import_module(name: str, package: str) -> object:
+        return import_extra("package_of_an_extra", "corpora")
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    assert main(["search", "features", "page"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: package_of_an_extra is not installed: it comes with the extra 'corpora'")
 
 
 def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:

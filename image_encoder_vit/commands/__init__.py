@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..support import message_of
 from .options import PROGRAM
 
 COMMANDS = {
@@ -25,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that `argv` (the program's arguments) begins with; its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
-        module = importlib.import_module(f".{arguments[0]}", __name__)
+        try:
+            module = importlib.import_module(f".{arguments[0]}", __name__)
+        except ImportError as error:  # names the extra that the command comes with
+            print(f"error: {message_of(error)}", file=sys.stderr)
+            return 2
         return int(module.main(arguments[1:]))
     table = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {does}" for name, does in COMMANDS.items())
     parser = argparse.ArgumentParser(
