@@ -54,8 +54,11 @@ def test_an_unknown_command_is_one_error(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_command_without_its_extra_names_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(ImportError) as missing:
+        import_extra("package_of_an_extra", "corpora")
+
     def import_module(name: str, package: str) -> object:
-        return import_extra("package_of_an_extra", "corpora")
+        raise missing.value
 
     monkeypatch.setattr(importlib, "import_module", import_module)
     assert main(["search", "features", "page"]) == 2
