@@ -14,9 +14,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from image_encoder_vit import FeatureMap
 from image_encoder_vit.commands import extract
 from image_encoder_vit.commands import search as command
-from image_encoder_vit.corpora.pooled_vectors import POOLED_FILE, pool, pooled_vectors, whitening
+from image_encoder_vit.corpora.pooled_vectors import POOLED_FILE, cells_of, pooled_vectors, whitening
 from image_encoder_vit.corpora.search import Hit, Query, query_of_page, search
 from image_encoder_vit.corpora.store import FeatureStore, check_manifest, merge, shard_name, write_unit
 
@@ -68,6 +69,12 @@ def store(maps: list[Tensor], tmp_path_factory: pytest.TempPathFactory) -> Featu
     return write_store(tmp_path_factory.mktemp("search") / "store", maps)
 
 
+def as_map(features: Tensor) -> FeatureMap:
+    """Features as the store's pages have them: without padding, of twice the size."""
+    rows, columns = (tuple(2.0 * STRIDE * edge for edge in range(side + 1)) for side in features.shape[1:])
+    return FeatureMap(features, rows, columns)
+
+
 def numbers(hits: list[Hit]) -> list[int]:
     return [int(hit.page_id.partition("#")[2]) for hit in hits]
 
@@ -89,24 +96,34 @@ def test_late_interaction_is_the_mean_over_query_cells_of_the_best_match(
             best.append(max(torch.cosine_similarity((cell - mean) / deviation, o, dim=0).item() for o in others))
         return sum(best) / len(best)
 
-    hits = search(store, Query(query), mode="late", top=30)
+    hits = search(store, Query(as_map(query)), mode="late", top=30)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     for number, hit in zip(numbers(hits), hits, strict=True):
         assert hit.score == pytest.approx(expected(maps[number]), abs=1e-5)
 
 
 def test_pooled_scores_are_cosines_of_whitened_means_and_deviations(store: FeatureStore, maps: list[Tensor]) -> None:
-    pooled = torch.stack([pool(page.flatten(1).T) for page in maps])
+    pooled = torch.stack([cells_of(as_map(page)).pooled() for page in maps])
     assert torch.allclose(pooled[0, CHANNELS:], maps[0].flatten(1).std(dim=1, correction=0))
     projection = whitening(torch.cov(pooled.T, correction=0).double())
     query = random_maps(1, seed=5)[0]
-    wanted = (pool(query.flatten(1).T) - pooled.mean(dim=0)) @ projection
+    wanted = (cells_of(as_map(query)).pooled() - pooled.mean(dim=0)) @ projection
     expected = torch.cosine_similarity((pooled - pooled.mean(dim=0)) @ projection, wanted[None])
-    hits = search(store, Query(query), mode="pooled", top=30)
+    hits = search(store, Query(as_map(query)), mode="pooled", top=30)
     for number, hit in zip(numbers(hits), hits, strict=True):
         assert hit.score == pytest.approx(expected[number].item(), abs=2e-3)  # The vectors are stored in 16 bits.
         height, width = maps[number].shape[1:]
         assert hit.box == (0, 0, 2 * STRIDE * height, 2 * STRIDE * width)
+
+
+def test_cells_count_by_the_area_that_they_show() -> None:
+    features = torch.randn(CHANNELS, 2, 3, generator=torch.Generator().manual_seed(0))
+    slivers = cells_of(FeatureMap(features, (0.0, 3.0, 4.0), (0.0, 8.0, 16.0, 18.0)))
+    areas = [24.0, 24, 6, 8, 8, 2]
+    assert slivers.weights.tolist() == pytest.approx([area / 72 for area in areas])
+    repeated = features.flatten(1).repeat_interleave(torch.tensor(areas).long() // 2, dim=1)
+    expected = torch.cat([repeated.mean(dim=1), repeated.std(dim=1, correction=0)])
+    torch.testing.assert_close(slivers.pooled(), expected)
 
 
 def test_whitened_values_differ_equally_in_all_directions() -> None:
@@ -123,7 +140,7 @@ def test_whitened_values_differ_equally_in_all_directions() -> None:
 def test_a_page_finds_itself_unless_it_was_asked_for_by_its_id(
     store: FeatureStore, maps: list[Tensor], mode: str, number: int
 ) -> None:
-    assert numbers(search(store, Query(maps[number]), mode=mode, top=1)) == [number]
+    assert numbers(search(store, Query(as_map(maps[number])), mode=mode, top=1)) == [number]
     page_id = f"book.pdf#{number}"
     hits = search(store, query_of_page(store, page_id), mode=mode, top=100)
     assert sorted(numbers(hits)) == [page for page in range(30) if page != number]
@@ -143,13 +160,13 @@ def test_the_best_cell_is_found_where_it_lies(store: FeatureStore) -> None:
     cell = 2 * STRIDE
     # Smaller than a cell: it stands for the cell that holds its middle.
     query = query_of_page(store, "book.pdf#7", (3.2 * cell, 2.1 * cell, 3.4 * cell, 2.5 * cell))
-    assert query.features.shape == (CHANNELS, 1, 1)
+    assert query.cells.features.shape == (CHANNELS, 1, 1)
     best = search(store, query, mode="cell", top=1)[0]
     assert (best.page_id, best.box) == ("book.pdf#21", (2 * cell, 2 * cell, 3 * cell, 3 * cell))
 
 
 def test_reranked_takes_its_pages_from_the_shortlist(store: FeatureStore, maps: list[Tensor]) -> None:
-    query = Query(random_maps(1, seed=5)[0])
+    query = Query(as_map(random_maps(1, seed=5)[0]))
     shortlist = numbers(search(store, query, mode="pooled", top=5))
     by_late = [page for page in numbers(search(store, query, mode="late", top=30)) if page in shortlist]
     assert numbers(search(store, query, top=5, shortlist=5)) == by_late
@@ -160,7 +177,7 @@ def test_an_index_elsewhere_can_give_the_shortlist(store: FeatureStore, maps: li
     hits = search(store, query_of_page(store, "book.pdf#21"), mode="late", among=among)
     assert sorted(numbers(hits)) == [3, 8]
     with pytest.raises(ValueError, match="not 'pooled'"):
-        search(store, Query(maps[0]), mode="pooled", among=among)
+        search(store, Query(as_map(maps[0])), mode="pooled", among=among)
 
 
 @pytest.mark.parametrize("number_of_pages", [1, 2])
@@ -168,7 +185,7 @@ def test_stores_of_few_pages_are_searched_too(number_of_pages: int, tmp_path: Pa
     maps = random_maps(number_of_pages)
     small = write_store(tmp_path / "store", maps)
     for mode in ("reranked", "pooled", "late", "cell"):
-        hits = search(small, Query(maps[-1]), mode=mode)
+        hits = search(small, Query(as_map(maps[-1])), mode=mode)
         assert len(hits) == number_of_pages
         assert all(-1.001 <= hit.score <= 1.001 for hit in hits)
         others = search(small, query_of_page(small, "book.pdf#0"), mode=mode)

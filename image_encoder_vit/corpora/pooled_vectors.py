@@ -5,6 +5,8 @@ The mean over the cells alone is a weak description of a page, since what makes 
 differ. A page's vector therefore holds mean and deviation of every channel over the cells, whitened over the store
 (what all pages have in common weighs little), cut to its largest components and scaled to length 1.
 
+Cells count by the area of the page that they show: at its border some show only a sliver.
+
 Letters in shapes: N pages, n cells of a page, C channels, D = 2 C pooled values, K components.
 """
 
@@ -61,14 +63,27 @@ def stride_px(store: FeatureStore) -> int:
     return stride
 
 
-def cells_of(features: Tensor) -> Tensor:
-    """The cells (n, C) of a map (C, h, w), row by row, in float32."""
-    return features.flatten(1).T.float()
+class Cells(NamedTuple):
+    """Cells of a page, row by row: features (n, C) in float32, and weights (n,), their shares of the area shown."""
+
+    features: Tensor
+    weights: Tensor
+
+    def mean(self) -> Tensor:
+        """The mean cell (C,)."""
+        return self.weights @ self.features
+
+    def pooled(self) -> Tensor:
+        """Mean and deviation (D,) of every channel."""
+        mean = self.mean()
+        return torch.cat([mean, (self.weights @ (self.features - mean).square()).sqrt()])
 
 
-def pool(cells: Tensor) -> Tensor:
-    """Mean and deviation (D,) of every channel over the cells (n, C) of a page."""
-    return torch.cat([cells.mean(dim=0), cells.std(dim=0, correction=0)])
+def cells_of(page: FeatureMap) -> Cells:
+    """All cells of a map."""
+    heights, widths = (torch.tensor(edges).diff() for edges in (page.row_edges, page.column_edges))
+    areas = torch.outer(heights, widths).flatten()
+    return Cells(page.features.flatten(1).T.float(), areas / areas.sum())
 
 
 class PooledVectors:
@@ -100,12 +115,12 @@ class PooledVectors:
         for start in range(0, len(self), PAGES_PER_BLOCK):
             yield self._vectors[start : start + PAGES_PER_BLOCK].float()
 
-    def vector(self, cells: Tensor) -> Tensor:
-        """The vector (K,) of a page, or a part of one, with these cells (n, C)."""
-        return _normalized((pool(cells.float()) - self.mean) @ self.projection)
+    def vector(self, cells: Cells) -> Tensor:
+        """The vector (K,) of a page, or a part of one, with these cells."""
+        return _normalized((cells.pooled() - self.mean) @ self.projection)
 
-    def similarities(self, cells: Tensor) -> Tensor:
-        """Cosine similarities (N,) of all pages' vectors to that of these cells (n, C)."""
+    def similarities(self, cells: Cells) -> Tensor:
+        """Cosine similarities (N,) of all pages' vectors to that of these cells."""
         vector = self.vector(cells)
         return torch.cat([block @ vector for block in self.blocks()])
 
@@ -175,9 +190,9 @@ def _pool_pages(store: FeatureStore, track: Track, pooled: BinaryIO) -> _Statist
         block.clear()
 
     for page_id in track(store):
-        page = cells_of(feature_map(store, page_id).features)
-        cells.add(page, lambda rows: rows.square().sum(dim=0))
-        block.append(pool(page))
+        page = cells_of(feature_map(store, page_id))
+        cells.add(page.features, lambda rows: rows.square().sum(dim=0))
+        block.append(page.pooled())
         if len(block) == PAGES_PER_BLOCK:
             end_block()
     if block:

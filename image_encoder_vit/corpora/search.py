@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..feature_maps import FeatureMap
-from .pooled_vectors import PooledVectors, Track, cells_of, feature_map, pooled_vectors
+from .pooled_vectors import Cells, PooledVectors, Track, cells_of, feature_map, pooled_vectors
 from .store import FeatureStore
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right in px of the original image
@@ -24,9 +25,9 @@ SHORTLIST_PAGES = 50
 
 
 class Query(NamedTuple):
-    """What is looked for: the features (C, rows, columns) of its cells; the id of its page where the store has it."""
+    """What is looked for: cells, a part or all of a page; the id of that page where the store has it."""
 
-    features: Tensor
+    cells: FeatureMap
     page_id: str | None = None
 
 
@@ -59,9 +60,9 @@ def query_of_map(page: FeatureMap, region: Box | None = None) -> Query:
     return Query(_in_region(page, region))
 
 
-def _in_region(page: FeatureMap, region: Box | None) -> Tensor:
+def _in_region(page: FeatureMap, region: Box | None) -> FeatureMap:
     if region is None:
-        return page.features
+        return page
     top, left, bottom, right = region
     height, width = page.row_edges[-1], page.column_edges[-1]
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
@@ -70,7 +71,11 @@ def _in_region(page: FeatureMap, region: Box | None) -> Tensor:
             f"{height:g} x {width:g} px (height x width)."
         )
     rows, columns = _cells_between(page.row_edges, top, bottom), _cells_between(page.column_edges, left, right)
-    return page.features[:, rows, columns]
+    return FeatureMap(
+        page.features[:, rows, columns],
+        page.row_edges[rows.start : rows.stop + 1],
+        page.column_edges[columns.start : columns.stop + 1],
+    )
 
 
 def _cells_between(edges: tuple[float, ...], start: float, end: float) -> slice:
@@ -99,7 +104,7 @@ def search(
         "pooled": By the pages' vectors, which the first search writes beside the index; see `pooled_vectors`.
         "cell": By the one cell of a page that is most like the mean of the query's cells.
         "late": By late interaction: for every cell of the query the most similar cell of the page, and the mean of
-            these similarities.
+            these similarities, by the area that the query's cells show.
         "reranked": The `shortlist` best by "pooled", put into order by "late".
 
     "cell" and "late" read the features of all pages, or of those `among` which to search, such as the shortlist of an
@@ -130,7 +135,7 @@ def search(
 
 
 def _best_pooled(store: FeatureStore, vectors: PooledVectors, query: Query, count: int) -> list[Hit]:
-    similarities = vectors.similarities(cells_of(query.features))
+    similarities = vectors.similarities(cells_of(query.cells))
     order = similarities.topk(min(count + 1, len(similarities))).indices.tolist()
     hits = []
     for row in sorted(order, key=lambda row: (-float(similarities[row]), row)):
@@ -143,17 +148,17 @@ def _best_pooled(store: FeatureStore, vectors: PooledVectors, query: Query, coun
 def _compare_cells(
     store: FeatureStore, vectors: PooledVectors, query: Query, page_ids: Iterable[str], mode: str
 ) -> Iterator[Hit]:
-    cells = cells_of(query.features)
-    extent = (int(query.features.shape[1]), int(query.features.shape[2]))
+    cells = cells_of(query.cells)
+    extent = (len(query.cells.row_edges) - 1, len(query.cells.column_edges) - 1)
     if mode == CELL:
-        cells, extent = cells.mean(dim=0, keepdim=True), (1, 1)
-    wanted = _directions(cells, vectors)
+        cells, extent = Cells(cells.mean()[None], torch.ones(1)), (1, 1)
+    wanted = _directions(cells.features, vectors)
     for page_id in page_ids:
         if page_id == query.page_id:
             continue
         page = feature_map(store, page_id)
-        similarities = wanted @ _directions(cells_of(page.features), vectors).T  # (n, m)
-        score = float(similarities.amax(dim=1).mean())
+        similarities = wanted @ _directions(cells_of(page).features, vectors).T  # (n, m)
+        score = float(cells.weights @ similarities.amax(dim=1))
         likeness = similarities.amax(dim=0).view(page.features.shape[1:])
         yield Hit(page_id, score, _best_box(page, likeness, extent))
 
