@@ -29,7 +29,7 @@ POOLED_FILE = "pooled.safetensors"
 MAX_COMPONENTS = 256
 # Of the whitening: how far the pages' covariance is drawn to one that is equal in all directions. Directions in which
 # they hardly differ would else count as much as the others, and of few pages most directions are such.
-SHRINKAGE = 0.02
+SHRINKAGE = 0.1
 PAGES_PER_BLOCK = 1024
 READ_BYTES = 1 << 20
 
