@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .image_geometry import Region, Size, cell_edges, tile_cell_edges
+from .image_geometry import ImagePlace, Size, cell_edges, place_of, tile_cell_edges
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ def image_feature_maps(
     local_features: Tensor | None,
     *,
     stride: int,
-    original_size: Size,
-    valid_region: Region,
+    place: ImagePlace,
     tile_grid: Size,
     tile_size: int,
 ) -> ImageFeatureMaps:
@@ -115,21 +114,20 @@ def image_feature_maps(
     The maps of one image from what the encoder gave for it: `features` (C, h, w) of the whole view, of which the
     cells that hold padding only are left out, and `local_features`, stitched, of its tiles.
 
-    `stride` is the side of a cell in px that the encoder sees, the sizes are the image processor's.
+    `stride` is the side of a cell in px that the encoder sees, `place` and `tile_grid` are the image processor's.
     """
-    top, left, height, width = valid_region
-    first_row, row_edges = cell_edges(stride, top, height, original_size[0])
-    first_column, column_edges = cell_edges(stride, left, width, original_size[1])
-    rows, columns = len(row_edges) - 1, len(column_edges) - 1
-    cropped = features[:, first_row : first_row + rows, first_column : first_column + columns]
+    top, left, height, width = place.valid_region
+    rows, columns = place.cells(stride)
+    row_edges = cell_edges(stride, top, height, place.original_size[0])[1]
+    column_edges = cell_edges(stride, left, width, place.original_size[1])[1]
     local_map = None
     if local_features is not None:
         local_map = FeatureMap(
             local_features,
-            tile_cell_edges(stride, tile_size, tile_grid[0], original_size[0]),
-            tile_cell_edges(stride, tile_size, tile_grid[1], original_size[1]),
+            tile_cell_edges(stride, tile_size, tile_grid[0], place.original_size[0]),
+            tile_cell_edges(stride, tile_size, tile_grid[1], place.original_size[1]),
         )
-    return ImageFeatureMaps(FeatureMap(cropped, row_edges, column_edges), local_map)
+    return ImageFeatureMaps(FeatureMap(features[:, rows, columns], row_edges, column_edges), local_map)
 
 
 def batch_feature_maps(outputs: Any, inputs: Any, stride: int) -> list[ImageFeatureMaps]:
@@ -161,17 +159,9 @@ def batch_feature_maps(outputs: Any, inputs: Any, stride: int) -> list[ImageFeat
             image_features,
             local_features,
             stride=stride,
-            original_size=tuple(original_size),
-            valid_region=tuple(valid_region),
+            place=place_of(inputs, index),
             tile_grid=tuple(grid),
             tile_size=tile_size,
         )
-        for image_features, local_features, original_size, valid_region, grid in zip(
-            features,
-            local_maps,
-            inputs["original_sizes"].tolist(),
-            inputs["valid_regions"].tolist(),
-            grids,
-            strict=True,
-        )
+        for index, (image_features, local_features, grid) in enumerate(zip(features, local_maps, grids, strict=True))
     ]

@@ -4,7 +4,7 @@ Where an image lands on the canvas that the encoder sees, and back. Pure functio
 A size is (height, width) in px, a region is (top, left, height, width) in px.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Size = tuple[int, int]
 Region = tuple[int, int, int, int]
@@ -21,6 +21,40 @@ class Placement(NamedTuple):
     def valid_region(self) -> Region:
         """The part of the canvas that shows the image."""
         return (*self.offset, *self.resized)
+
+
+class ImagePlace(NamedTuple):
+    """Where an image lies on its canvas: `original_size` and `valid_region` as the image processor gives them."""
+
+    original_size: Size
+    valid_region: Region
+
+    def cells(self, stride: int) -> tuple[slice, slice]:
+        """The rows and columns of cells, `stride` px of the canvas each, that show a part of the image."""
+        top, left, height, width = self.valid_region
+        return slice(top // stride, -(-(top + height) // stride)), slice(left // stride, -(-(left + width) // stride))
+
+    def cell_at(self, y: float, x: float, stride: int) -> tuple[int, int]:
+        """
+        The cell (row, column) that shows the point `y` px below the original image's top and `x` px right of its left.
+
+        Raises:
+            ValueError: If the point lies outside of the image.
+        """
+        height, width = self.original_size
+        if not (0 <= y < height and 0 <= x < width):
+            raise ValueError(
+                f"The point x = {x:g}, y = {y:g} lies outside of the image of {width} x {height} px (width x height)."
+            )
+        top, left, valid_height, valid_width = self.valid_region
+        return int((top + y * valid_height / height) // stride), int((left + x * valid_width / width) // stride)
+
+
+def place_of(inputs: Any, index: int) -> ImagePlace:
+    """The place of the image at `index` of a batch that an image processor has made, with its sizes as tensors."""
+    height, width = inputs["original_sizes"][index].tolist()
+    top, left, valid_height, valid_width = inputs["valid_regions"][index].tolist()
+    return ImagePlace((height, width), (top, left, valid_height, valid_width))
 
 
 def contain_size(image: Size, box: Size) -> Size:

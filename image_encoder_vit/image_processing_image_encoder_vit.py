@@ -10,14 +10,15 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict, load_image
+from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, is_torchvision_available
 
@@ -32,11 +33,11 @@ from .image_geometry import (
     place_unpadded,
 )
 from .image_presets import preset_name, preset_settings
+from .image_reading import ImageTypeError, RgbImage, check_image_size, is_channels_first, open_image, to_rgb_image
 
 T = TypeVar("T")
 R = TypeVar("R")
 PADDING_POSITIONS = ("center", "bottom_right")
-PIL_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class ImageEncoderViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -44,7 +45,7 @@ class ImageEncoderViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: i
     Arguments beyond those of transformers' processors.
 
     Args:
-        patch_size: With `do_pad=False`, sides become multiples of this many px.
+        patch_size: Sides are multiples of this many px: `size` has to be one, and with `do_pad=False` they become so.
         do_upscale: With `do_pad=False`, whether images smaller than `size` are enlarged to it.
         keep_aspect_ratio: Whether images keep their aspect ratio; GOT-OCR2 stretches them to `size`.
         padding_position: "center" as DeepSeek-OCR, or "bottom_right" of the image as SAM, whose rounding goes with it.
@@ -195,11 +196,25 @@ class ImageEncoderViTViews(BaseImageProcessor):
             return open_image(image_url_or_urls)
         return image_url_or_urls
 
-    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
-        flat = in_threads(self.fetch_images, flatten_images(images))
-        if not flat:
+    def _prepare_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> list[Any]:
+        """
+        Every image of lists of any depth as `process_image` gives it.
+
+        Raises:
+            ValueError, FileNotFoundError: For an image that cannot be used, naming its file or its index.
+        """
+        entries = flatten_images(images)
+        if not entries:
             raise ValueError("No image given: the list of images is empty.")
-        return flat
+        # One image may be there twice; files that PIL decodes on first use allow one thread.
+        first_of = {id(entry): index for index, entry in reversed(list(enumerate(entries)))}
+
+        def prepare(index: int) -> Any:
+            return of_image(index, self.process_image, entries[index], *args, **kwargs)
+
+        distinct = list(first_of.values())
+        prepared = dict(zip(distinct, in_threads(prepare, distinct), strict=True))
+        return [prepared[first_of[id(entry)]] for entry in entries]
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
@@ -217,23 +232,34 @@ class ImageEncoderViTViews(BaseImageProcessor):
             )
         if kwargs["patch_size"] < 1:
             raise ValueError(f"patch_size must be at least 1 px, got {kwargs['patch_size']}.")
-        canvas_size(kwargs["size"])
+        height, width = canvas_size(kwargs["size"])
+        patch = kwargs["patch_size"]
+        if kwargs["do_pad"] and (height % patch or width % patch):
+            nearest = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            raise ValueError(
+                f"size must be a multiple of patch_size={patch} px on each side, got {height} x {width}: "
+                f"{nearest[0]} x {nearest[1]} is near."
+            )
         if kwargs["tile_size"] is not None:
             check_tiling(**{name: kwargs[name] for name in ("tile_size", "min_tiles", "max_tiles", "patch_size")})
             if not kwargs["do_resize"]:
                 raise ValueError("An image is resized to its tiles: leave do_resize on, or set tile_size=None.")
 
-    def _place(self, image: Size, settings: dict[str, Any]) -> Placement:
-        canvas = canvas_size(settings["size"])
-        centered = settings["padding_position"] == "center"
-        if not settings["do_resize"]:
-            return place_as_it_is(image, canvas if settings["do_pad"] else image, centered)
-        if not settings["keep_aspect_ratio"]:
-            return place_on_canvas(canvas, canvas)
-        if settings["do_pad"]:
-            resized = contain_size(image, canvas) if centered else longest_side_size(image, canvas)
-            return place_on_canvas(resized, canvas, centered)
-        return place_unpadded(image, canvas, settings["patch_size"], settings["do_upscale"])
+    def _preprocess(
+        self, images: list[Any], *, return_tensors: str | TensorType | None, **settings: Any
+    ) -> BatchFeature:
+        batch = Batch(
+            [pixels_size(image) for image in images],
+            [image.is_unit for image in images],
+            settings,
+            stack=return_tensors is not None,
+        )
+        pixels = self._batch_pixels([image.image for image in images], batch)
+        return BatchFeature(pixels | batch.outputs(), tensor_type=return_tensors)
+
+    def _batch_pixels(self, images: list[Any], batch: "Batch") -> dict[str, Any]:
+        """`pixel_values` and, with tiles, `pixel_values_local` of the images on the places that `batch` tells."""
+        raise NotImplementedError
 
 
 class ImageEncoderViTImageProcessorPil(ImageEncoderViTViews, PilBackend):
@@ -245,49 +271,33 @@ class ImageEncoderViTImageProcessorPil(ImageEncoderViTViews, PilBackend):
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
-    ) -> Image.Image:
+    ) -> RgbImage:
         """One image in any accepted form as an upright RGB image; see `to_rgb`."""
-        return to_rgb(image, do_convert_rgb, input_data_format)
+        rgb = to_rgb_image(image, do_convert_rgb, input_data_format)
+        rgb.image.load()
+        return rgb
 
-    def _preprocess(
-        self,
-        images: list[Image.Image],
-        *,
-        resample: PILImageResampling | int,
-        padding_color: Sequence[int] | str,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: float | Sequence[float],
-        image_std: float | Sequence[float],
-        return_tensors: str | TensorType | None,
-        tile_size: int | None,
-        min_tiles: int,
-        max_tiles: int,
-        **settings: Any,
-    ) -> BatchFeature:
-        original_sizes = [(image.height, image.width) for image in images]
-        placements = [self._place(original, settings) for original in original_sizes]
-        values = value_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        batch = Batch(placements, values, padding_color, stack=return_tensors is not None)
-        tiles = None
-        if tile_size is not None:
-            grids = [choose_tile_grid(original, tile_size, min_tiles, max_tiles) for original in original_sizes]
-            tiles = Tiles(grids, tile_size, values)
+    def _batch_pixels(self, images: list[Image.Image], batch: "Batch") -> dict[str, Any]:
+        # Filled image by image, so that nothing is copied twice.
+        canvases, tiles = batch.new_canvases(), batch.new_tiles()
 
         def fill(index: int) -> None:
-            image = images[index]
-            batch.fill(index, resized_pixels(image, placements[index].resized, resample))
-            if tiles is not None and any(tiles.grids[index]):
-                tiles.fill(index, resized_pixels(image, tiles.size(index), resample))
+            image, placement, values = images[index], batch.placements[index], batch.values(index)
+            canvas = canvases[index]
+            if placement.resized != canvas.shape[1:]:
+                canvas[:] = batch.padding(index)[:, None, None]
+            top, left, height, width = placement.valid_region
+            pixels = resized_pixels(image, placement.resized, batch.resample)
+            fill_values(canvas[:, top : top + height, left : left + width], pixels, values)
+            if any(batch.grids[index]):
+                pixels = resized_pixels(image, batch.tiled_size(index), batch.resample)
+                for tile, (rows, columns) in zip(
+                    tiles[batch.tiles_of(index)], tile_slices(batch.tiled_size(index), batch.tile_size), strict=True
+                ):
+                    fill_values(tile, pixels[rows, columns], values)
 
-        # Images that are decoded on first use, once each: one may be there twice.
-        in_threads(Image.Image.load, {id(image): image for image in images}.values())
         in_threads(fill, range(len(images)))
-        data = batch.outputs(original_sizes)
-        if tiles is not None:
-            data |= tiles.outputs(stack=return_tensors is not None)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return batch.pixels(canvases, tiles)
 
 
 class ImageEncoderViTImageProcessor(ImageEncoderViTViews, TorchvisionBackend):
@@ -307,132 +317,214 @@ class ImageEncoderViTImageProcessor(ImageEncoderViTViews, TorchvisionBackend):
         input_data_format: str | ChannelDimension | None = None,
         device: str | torch.device | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> "RgbTensor":
         """One image in any accepted form as uint8 RGB (3, height, width) on `device`; see `to_rgb`."""
-        if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
-            pixels = image  # Ready, perhaps on an accelerator: no way through the host.
+        is_unit = False
+        if is_ready(image, input_data_format):
+            pixels = image  # Perhaps on an accelerator: no way through the host.
             check_image_size((image.shape[1], image.shape[2]))
         else:
-            pixels = torch.from_numpy(np.array(to_rgb(image, do_convert_rgb, input_data_format))).permute(2, 0, 1)
-        return pixels.to(device) if device is not None else pixels
+            rgb, is_unit = to_rgb_image(image, do_convert_rgb, input_data_format)
+            pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+        return RgbTensor(pixels.to(device) if device is not None else pixels, is_unit)
 
-    def _preprocess(
-        self,
-        images: list[torch.Tensor],
-        *,
-        resample: Any,
-        padding_color: Sequence[int] | str,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: float | Sequence[float],
-        image_std: float | Sequence[float],
-        return_tensors: str | TensorType | None,
-        tile_size: int | None,
-        min_tiles: int,
-        max_tiles: int,
-        **settings: Any,
-    ) -> BatchFeature:
-        original_sizes = [(image.shape[1], image.shape[2]) for image in images]
-        placements = [self._place(original, settings) for original in original_sizes]
-        values = value_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        padding = torch.from_numpy(padding_values(padding_color, values))
-
-        def resized_values(image: torch.Tensor, size: Size) -> torch.Tensor:
+    def _batch_pixels(self, images: list[torch.Tensor], batch: "Batch") -> dict[str, Any]:
+        def resized_values(index: int, size: Size) -> torch.Tensor:
+            image = images[index]
             if tuple(image.shape[1:]) != size:
-                image = self.resize(image, SizeDict(height=size[0], width=size[1]), resample=resample)
-            return self.rescale_and_normalize(
-                image.to(torch.float32), do_rescale, rescale_factor, do_normalize, image_mean, image_std
+                image = self.resize(image, SizeDict(height=size[0], width=size[1]), resample=batch.resample)
+            return self.rescale_and_normalize(image.to(torch.float32), **batch.arithmetic(index)._asdict())
+
+        canvases, local = [], [images[0].new_empty(0, 3, batch.tile_size, batch.tile_size, dtype=torch.float32)]
+        for index, placement in enumerate(batch.placements):
+            padding = torch.from_numpy(batch.padding(index))
+            pixels = resized_values(index, placement.resized)
+            canvases.append(paste(pixels, batch.canvas(index), placement.offset, padding))
+            if any(batch.grids[index]):
+                local.append(cut_tiles(resized_values(index, batch.tiled_size(index)), batch.tile_size))
+        return batch.pixels(torch.stack(canvases) if batch.stack else canvases, torch.cat(local))
+
+
+class RgbTensor(NamedTuple):
+    """An upright image as uint8 RGB (3, height, width), and whether its pixels were given as floats from 0 to 1."""
+
+    image: torch.Tensor
+    is_unit: bool
+
+
+class Arithmetic(NamedTuple):
+    """What becomes of pixel values 0 to 255."""
+
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: float | Sequence[float]
+    image_std: float | Sequence[float]
+
+    def table(self) -> np.ndarray:
+        """
+        What each of the 256 values of a channel becomes: (3, 256), float32, computed in float32 and in the order that
+        torchvision's ToTensor and Normalize use, so that the results are theirs to the last bit.
+        """
+        values = np.arange(256, dtype=np.float32)
+        if self.do_rescale:
+            # 1/255 is no binary fraction: x * (1/255) and x / 255 differ in the last bit for some x.
+            values = values / np.float32(1.0 / self.rescale_factor)
+        table = np.repeat(values[None], 3, axis=0)
+        if self.do_normalize:
+            mean, std = (
+                np.broadcast_to(np.asarray(value, dtype=np.float32), (3,))[:, None]
+                for value in (self.image_mean, self.image_std)
             )
-
-        canvases = [
-            paste(resized_values(image, placement.resized), placement.canvas, placement.offset, padding)
-            for image, placement in zip(images, placements, strict=True)
-        ]
-
-        data: dict[str, Any] = {}
-        common = common_canvas(placements)
-        if return_tensors is not None and any(placement.canvas != common for placement in placements):
-            canvases = [paste(canvas, common, (0, 0), padding) for canvas in canvases]
-            data["pixel_mask"] = pixel_masks(placements, common)
-        data["pixel_values"] = torch.stack(canvases) if return_tensors is not None else canvases
-        data.update(sizes_and_regions(original_sizes, placements))
-        if tile_size is not None:
-            grids = [choose_tile_grid(original, tile_size, min_tiles, max_tiles) for original in original_sizes]
-            local = [canvases[0].new_empty(0, 3, tile_size, tile_size)]
-            for image, (rows, columns) in zip(images, grids, strict=True):
-                if rows:
-                    local.append(cut_tiles(resized_values(image, (rows * tile_size, columns * tile_size)), tile_size))
-            tiles = torch.cat(local)
-            data["pixel_values_local"] = tiles if return_tensors is not None else list(tiles)
-            data["tile_grids"] = np.array(grids, dtype=np.int64)
-        return BatchFeature(data, tensor_type=return_tensors)
+            table = (table - mean) / std
+        return table
 
 
 class Batch:
     """
-    The float32 canvases of a batch, filled image by image so that nothing is copied twice: one array (B, 3, height,
-    width) when `stack`, else a list of arrays (3, height, width).
+    Where the images of a batch go, and what becomes of their pixel values.
+
+    Args:
+        sizes: Their heights and widths in px.
+        are_unit: Whether each was given as floats from 0 to 1; these need no rescaling, so without it they stay so.
+        settings: The processor's.
+        stack: Whether the outputs are arrays of all images, else lists.
+
+    Raises:
+        ValueError: If an image does not fit on its canvas, naming its index.
     """
 
-    def __init__(
-        self, placements: list[Placement], values: np.ndarray, padding_color: Sequence[int] | str, stack: bool
-    ) -> None:
-        self.placements = placements
-        self.values = values
-        padding = padding_values(padding_color, values)[:, None, None]
-        self.common = common_canvas(placements)
-        self.is_mixed = stack and any(placement.canvas != self.common for placement in placements)
-        self.canvases: np.ndarray | list[np.ndarray]
-        if stack:
-            self.canvases = np.empty((len(placements), 3, *self.common), dtype=np.float32)
-        else:
-            self.canvases = [np.empty((3, *placement.canvas), dtype=np.float32) for placement in placements]
-        for canvas, placement in zip(self.canvases, placements, strict=True):
-            if placement.resized != canvas.shape[1:]:
-                canvas[:] = padding
+    def __init__(self, sizes: list[Size], are_unit: list[bool], settings: dict[str, Any], stack: bool) -> None:
+        self.sizes, self.are_unit, self.stack = sizes, are_unit, stack
+        self.resample = settings["resample"]
+        self.padding_color: Sequence[int] | str = settings["padding_color"]
+        self.given = Arithmetic(**{name: settings[name] for name in Arithmetic._fields})
+        self.placements = [of_image(index, place, size, settings) for index, size in enumerate(sizes)]
+        self.common = common_canvas(self.placements)
+        self.has_tiles = settings["tile_size"] is not None
+        self.tile_size: int = settings["tile_size"] or 0
+        tiling = (self.tile_size, settings["min_tiles"], settings["max_tiles"])
+        self.grids = [choose_tile_grid(size, *tiling) if self.has_tiles else (0, 0) for size in sizes]
+        self.tile_starts = np.cumsum([0] + [rows * columns for rows, columns in self.grids]).tolist()
 
-    def fill(self, index: int, pixels: np.ndarray) -> None:
-        """Writes the resized image (height, width, 3), uint8, to its place on canvas `index`."""
-        top, left, height, width = self.placements[index].valid_region
-        fill_values(self.canvases[index][:, top : top + height, left : left + width], pixels, self.values)
+    def arithmetic(self, index: int) -> Arithmetic:
+        """What becomes of the pixel values of an image."""
+        return self._unit if self.are_unit[index] and not self.given.do_rescale else self.given
 
-    def outputs(self, original_sizes: list[Size]) -> dict[str, Any]:
-        """The processor's outputs by name."""
-        data: dict[str, Any] = {"pixel_values": self.canvases}
-        if self.is_mixed:
-            data["pixel_mask"] = pixel_masks(self.placements, self.common)
-        return data | sizes_and_regions(original_sizes, self.placements)
+    def values(self, index: int) -> np.ndarray:
+        """What each pixel value of an image becomes: (3, 256), float32."""
+        return self._tables[self.arithmetic(index) is self._unit]
 
+    def padding(self, index: int) -> np.ndarray:
+        """What the padding of an image is: (3,), float32; zeros for "mean"."""
+        if isinstance(self.padding_color, str):
+            return np.zeros(3, dtype=np.float32)
+        padding: np.ndarray = self.values(index)[np.arange(3), np.asarray(self.padding_color)]
+        return padding
 
-class Tiles:
-    """
-    The tiles of a batch, (N, 3, tile_size, tile_size), filled image by image. `grids` holds the rows and columns of
-    each image's tiles, 0 and 0 for none; `values` what each pixel value becomes.
-    """
+    def canvas(self, index: int) -> Size:
+        """The size in px that an image's pixels have in the output."""
+        return self.common if self.stack else self.placements[index].canvas
 
-    def __init__(self, grids: list[Size], tile_size: int, values: np.ndarray) -> None:
-        self.grids = grids
-        self.tile_size = tile_size
-        self.values = values
-        self.starts = np.cumsum([0] + [rows * columns for rows, columns in grids]).tolist()
-        self.pixels = np.empty((self.starts[-1], 3, tile_size, tile_size), dtype=np.float32)
-
-    def size(self, index: int) -> Size:
-        """The size in px of all tiles of image `index` together."""
+    def tiled_size(self, index: int) -> Size:
+        """The size in px of all tiles of an image together."""
         rows, columns = self.grids[index]
         return rows * self.tile_size, columns * self.tile_size
 
-    def fill(self, index: int, pixels: np.ndarray) -> None:
-        """Cuts the resized image (height, width, 3), uint8, into the tiles of image `index`."""
-        tiles = self.pixels[self.starts[index] : self.starts[index + 1]]
-        for tile, (rows, columns) in zip(tiles, tile_slices(self.size(index), self.tile_size), strict=True):
-            fill_values(tile, pixels[rows, columns], self.values)
+    def tiles_of(self, index: int) -> slice:
+        """Which of all tiles are an image's."""
+        return slice(self.tile_starts[index], self.tile_starts[index + 1])
 
-    def outputs(self, stack: bool) -> dict[str, Any]:
-        """The processor's outputs by name; the tiles are one array when `stack`, else a list."""
-        grids = np.array(self.grids, dtype=np.int64)
-        return {"pixel_values_local": self.pixels if stack else list(self.pixels), "tile_grids": grids}
+    def new_canvases(self) -> Any:
+        """Arrays for the pixel values, (3, height, width) float32 each, not filled."""
+        if self.stack:
+            return np.empty((len(self.sizes), 3, *self.common), dtype=np.float32)
+        return [np.empty((3, *placement.canvas), dtype=np.float32) for placement in self.placements]
+
+    def new_tiles(self) -> np.ndarray:
+        """An array for the tiles of all images, (N, 3, tile_size, tile_size) float32, not filled."""
+        return np.empty((self.tile_starts[-1], 3, self.tile_size, self.tile_size), dtype=np.float32)
+
+    def pixels(self, canvases: Any, tiles: Any) -> dict[str, Any]:
+        """The outputs that hold pixels, by name."""
+        if not self.has_tiles:
+            return {"pixel_values": canvases}
+        return {"pixel_values": canvases, "pixel_values_local": tiles if self.stack else list(tiles)}
+
+    def outputs(self) -> dict[str, Any]:
+        """The outputs that tell where pixels are, by name."""
+        data = {
+            "original_sizes": np.array(self.sizes, dtype=np.int64),
+            "valid_regions": np.array([placement.valid_region for placement in self.placements], dtype=np.int64),
+        }
+        if self.stack and any(placement.canvas != self.common for placement in self.placements):
+            data["pixel_mask"] = pixel_masks(self.placements, self.common)
+        if self.has_tiles:
+            data["tile_grids"] = np.array(self.grids, dtype=np.int64)
+        return data
+
+    @cached_property
+    def _unit(self) -> Arithmetic:
+        return self.given._replace(do_rescale=True, rescale_factor=1 / 255)
+
+    @cached_property
+    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.given.table(), self._unit.table()
+
+
+def of_image(index: int, function: Callable[..., R], image: Any, *args: Any, **kwargs: Any) -> R:
+    """
+    What the function makes of the image at `index` of a batch. Whatever is wrong with it is a ValueError that names
+    the index, or a FileNotFoundError; errors about files name these already.
+    """
+    try:
+        return function(image, *args, **kwargs)
+    except Exception as error:  # PIL decodes what it has opened when its pixels are asked for.
+        if isinstance(image, (str, os.PathLike)):
+            raise
+        kind = ImageTypeError if isinstance(error, ImageTypeError) else ValueError
+        raise kind(f"Image {index} of the batch: {str(error) or type(error).__name__}") from error
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """A flat list of single images from one image, a batch array with four dimensions, or lists of any depth."""
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in flatten_images(entry)]
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+def pixels_size(pixels: RgbImage | RgbTensor) -> Size:
+    """Height and width in px."""
+    if isinstance(pixels, RgbTensor):
+        return pixels.image.shape[1], pixels.image.shape[2]
+    return pixels.image.height, pixels.image.width
+
+
+def is_ready(image: Any, input_data_format: str | ChannelDimension | None) -> bool:
+    """Whether the image is a uint8 tensor (3, height, width) already."""
+    return (
+        isinstance(image, torch.Tensor)
+        and image.dtype == torch.uint8
+        and image.ndim == 3
+        and image.shape[0] == 3
+        and is_channels_first(tuple(image.shape), input_data_format)
+    )
+
+
+def place(image: Size, settings: dict[str, Any]) -> Placement:
+    """Where an image of (height, width) px goes on its canvas by the processor's settings."""
+    canvas = canvas_size(settings["size"])
+    centered = settings["padding_position"] == "center"
+    if not settings["do_resize"]:
+        return place_as_it_is(image, canvas if settings["do_pad"] else None, centered, settings["patch_size"])
+    if not settings["keep_aspect_ratio"]:
+        return place_on_canvas(canvas, canvas)
+    if settings["do_pad"]:
+        resized = contain_size(image, canvas) if centered else longest_side_size(image, canvas)
+        return place_on_canvas(resized, canvas, centered)
+    return place_unpadded(image, canvas, settings["patch_size"], settings["do_upscale"])
 
 
 def tile_slices(size: Size, tile_size: int) -> Iterator[tuple[slice, slice]]:
@@ -502,14 +594,6 @@ def pixel_masks(placements: list[Placement], canvas: Size) -> np.ndarray:
     return masks
 
 
-def sizes_and_regions(original_sizes: list[Size], placements: list[Placement]) -> dict[str, Any]:
-    """`original_sizes` (B, 2) and `valid_regions` (B, 4), int64."""
-    return {
-        "original_sizes": np.array(original_sizes, dtype=np.int64),
-        "valid_regions": np.array([placement.valid_region for placement in placements], dtype=np.int64),
-    }
-
-
 def paste(image: torch.Tensor, canvas: Size, offset: tuple[int, int], padding: torch.Tensor) -> torch.Tensor:
     """Lays the image (3, height, width) on a canvas of `padding` (3,), its top left corner at `offset` (top, left)."""
     if tuple(image.shape[1:]) == canvas:
@@ -520,13 +604,19 @@ def paste(image: torch.Tensor, canvas: Size, offset: tuple[int, int], padding: t
     return pasted
 
 
-def place_as_it_is(image: Size, canvas: Size, centered: bool) -> Placement:
+def place_as_it_is(image: Size, canvas: Size | None, centered: bool, patch_size: int) -> Placement:
     """
-    The image on the canvas without resizing.
+    The image without resizing, on the canvas or, with None, alone.
 
     Raises:
-        ValueError: If the image is larger than the canvas.
+        ValueError: If the image is larger than the canvas, or alone no multiple of patches.
     """
+    if canvas is None:
+        if image[0] % patch_size or image[1] % patch_size:
+            raise ValueError(
+                f"{image[0]} x {image[1]} px are no multiples of patch_size={patch_size}: leave do_resize or do_pad on."
+            )
+        canvas = image
     if image[0] > canvas[0] or image[1] > canvas[1]:
         raise ValueError(
             f"An image of {image[0]} x {image[1]} px does not fit on the canvas of {canvas[0]} x {canvas[1]} px: "
@@ -551,148 +641,6 @@ def canvas_size(size: SizeDict) -> Size:
     if min(canvas) < 1:
         raise ValueError(f"size must be at least 1 px on each side, got {dict(size)}.")
     return canvas
-
-
-def value_table(
-    do_rescale: bool,
-    rescale_factor: float,
-    do_normalize: bool,
-    image_mean: float | Sequence[float],
-    image_std: float | Sequence[float],
-) -> np.ndarray:
-    """
-    What each of the 256 values of a channel becomes: (3, 256), float32, computed in float32 and in the order that
-    torchvision's ToTensor and Normalize use, so that the results are theirs to the last bit.
-    """
-    values = np.arange(256, dtype=np.float32)
-    if do_rescale:
-        # 1/255 is no binary fraction: x * (1/255) and x / 255 differ in the last bit for some x.
-        values = values / np.float32(1.0 / rescale_factor)
-    table = np.repeat(values[None], 3, axis=0)
-    if do_normalize:
-        mean, std = (np.broadcast_to(np.asarray(v, dtype=np.float32), (3,))[:, None] for v in (image_mean, image_std))
-        table = (table - mean) / std
-    return table
-
-
-def padding_values(padding_color: Sequence[int] | str, values: np.ndarray) -> np.ndarray:
-    """What the padding colour becomes by the table `values` (3, 256): (3,), float32; zeros for "mean"."""
-    if isinstance(padding_color, str):
-        return np.zeros(3, dtype=np.float32)
-    return values[np.arange(3), np.asarray(padding_color)]
-
-
-def open_image(source: str | os.PathLike[str]) -> Image.Image:
-    """
-    Opens an image file, or a URL or base64 string as transformers does, completely decoded; of a file with several
-    pages, the first.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no image, is damaged or is too large to decode, naming the file and the reason.
-    """
-    path = os.fspath(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:image/")):
-        return load_image(source)
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"No image file at {path!r}.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Cannot read {path!r} as an image: {error}") from error
-
-
-def flatten_images(images: Any) -> list[Any]:
-    """A flat list of single images from one image, a batch array with four dimensions, or lists of any depth."""
-    if isinstance(images, (list, tuple)):
-        return [image for entry in images for image in flatten_images(entry)]
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-        return list(images)
-    return [images]
-
-
-def to_rgb(
-    image: Any, do_convert_rgb: bool | None = True, input_data_format: str | ChannelDimension | None = None
-) -> Image.Image:
-    """
-    One image as an upright 8-bit RGB image.
-
-    - A PIL image is turned upright by its EXIF orientation. Grey, palette and CMYK are converted as PIL converts
-      them; an alpha channel is dropped, as in DeepSeek-OCR's own loading and in transformers' pipelines. 16-bit grey
-      is scaled to 8 bits.
-    - An array or tensor may be (height, width), or have 1, 3 or 4 channels first or last. Integers are 0 to 255
-      (uint16: 0 to 65535), booleans black and white. Floats are 0 to 1, or 0 to 255 if any value exceeds 1.
-
-    Raises:
-        ValueError: For another shape, an image without pixels, or values out of range; with the value seen.
-        TypeError: For anything that is no image.
-    """
-    if isinstance(image, Image.Image):
-        check_image_size((image.height, image.width))
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # Without the check every scan would be copied.
-            image = ImageOps.exif_transpose(image)
-        if image.mode in PIL_16_BIT_MODES or image.mode in ("I", "F"):
-            image = Image.fromarray(to_8_bit(np.asarray(image)))
-    elif isinstance(image, (np.ndarray, torch.Tensor)):
-        array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
-        image = Image.fromarray(to_8_bit(to_channels_last(array, input_data_format)))
-    else:
-        raise TypeError(f"Expected an image (PIL, NumPy, PyTorch), a path or a URL, got {type(image).__name__}.")
-    if image.mode == "RGB":
-        return image
-    if not do_convert_rgb:
-        raise ValueError(f"The encoder needs RGB images, got mode {image.mode!r}: leave do_convert_rgb on.")
-    return image.convert("RGB")
-
-
-def to_channels_last(array: np.ndarray, input_data_format: str | ChannelDimension | None) -> np.ndarray:
-    """Brings (H, W), (C, H, W) or (H, W, C) to (H, W) or (H, W, 3 or 4); asks `input_data_format` where it is given."""
-    if array.ndim == 2:
-        check_image_size(array.shape)
-        return array
-    channels = (1, 3, 4)
-    if array.ndim != 3 or not (array.shape[0] in channels or array.shape[2] in channels):
-        raise ValueError(
-            f"An image array is (height, width), or has 1, 3 or 4 channels first or last, got shape {array.shape}."
-        )
-    if input_data_format is not None:
-        first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
-    else:
-        first = array.shape[0] in channels
-    if first:
-        array = np.moveaxis(array, 0, 2)
-    if array.shape[2] not in channels:
-        raise ValueError(f"Expected 1, 3 or 4 channels by input_data_format={input_data_format}, got {array.shape[2]}.")
-    check_image_size(array.shape[:2])
-    return array[..., 0] if array.shape[2] == 1 else array
-
-
-def to_8_bit(array: np.ndarray) -> np.ndarray:
-    """Pixel values of any dtype as uint8, by the rules of `to_rgb`."""
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    lowest, highest = array.min(), array.max()
-    is_float = np.issubdtype(array.dtype, np.floating)
-    if is_float and lowest >= 0 and highest <= 1:
-        return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
-    if not is_float and lowest >= 0 and (array.dtype == np.uint16 or 255 < highest <= 65535):
-        return np.rint(array / 257).astype(np.uint8)  # 65535 = 255 * 257
-    if lowest >= 0 and highest <= 255:
-        return np.rint(array).astype(np.uint8)
-    raise ValueError(
-        f"Pixel values must be 0 to 255 (uint16: 0 to 65535, floats also 0 to 1), got {lowest} to {highest} as "
-        f"{array.dtype}. Are they normalised already?"
-    )
-
-
-def check_image_size(size: tuple[int, ...]) -> None:
-    """Raises a ValueError for an image of (height, width) px that has no pixels."""
-    if min(size) < 1:
-        raise ValueError(f"An image must have pixels, got {size[0]} x {size[1]} px (height x width).")
 
 
 __all__ = ["ImageEncoderViTImageProcessor", "ImageEncoderViTImageProcessorPil"]

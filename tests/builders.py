@@ -16,6 +16,7 @@ REMOTE_CODE = {
     "image_geometry.py",
     "image_presets.py",
     "image_processing_image_encoder_vit.py",
+    "image_reading.py",
     "modeling_image_encoder_vit.py",
 }
 DEEP_ENCODER_CODE = REMOTE_CODE | {"configuration_deep_encoder.py", "modeling_deep_encoder.py"}

@@ -28,6 +28,7 @@ from transformers import AutoModel
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil
 from image_encoder_vit.commands import extract as script
+from image_encoder_vit.corpora import extraction
 from image_encoder_vit.corpora.extraction import PreparedPage, batches_by_shape
 from image_encoder_vit.corpora.pages import Page, PageReader, ReadOptions, find_pages
 from image_encoder_vit.corpora.store import FeatureStore, differences
@@ -354,14 +355,14 @@ def finished_units(output: Path) -> int:
 
 def kill_worker_after_a_batch(patch: pytest.MonkeyPatch) -> None:
     """Kills a worker of this process while the model computes."""
-    original = script.Run.features_of
+    original = extraction.Run.features_of
 
     def features_of(self: Any, batch: list[PreparedPage]) -> list[torch.Tensor]:
         workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
         workers[0].kill()
         return original(self, batch)
 
-    patch.setattr(script.Run, "features_of", features_of)
+    patch.setattr(extraction.Run, "features_of", features_of)
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
@@ -412,7 +413,7 @@ def test_a_finished_run_is_left_as_it_is_and_another_is_refused(
     assert script.main(arguments(corpus / "more", model_folder, undisturbed)) == 2
     assert "inputs.pages was 46, is 24" in capsys.readouterr().err
     with folder_lock(undisturbed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "LOCK_WAIT_S", 0)
+        patch.setattr(extraction, "LOCK_WAIT_S", 0)
         assert script.main(arguments(corpus, model_folder, undisturbed)) == 2
     assert "Another process is working on" in capsys.readouterr().err
     assert contents(undisturbed).keys() == before.keys()

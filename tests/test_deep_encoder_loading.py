@@ -70,7 +70,7 @@ def tokens_of(model: torch.nn.Module, side_px: int = 128) -> torch.Tensor:
 def test_a_saved_folder_has_exactly_these_files_and_names(deep_folder: Path) -> None:
     files = {path.name for path in deep_folder.iterdir()}
     assert files == DEEP_ENCODER_CODE | {"config.json", "model.safetensors", "preprocessor_config.json"}
-    assert len(DEEP_ENCODER_CODE) == 11
+    assert len(DEEP_ENCODER_CODE) == 12
     config = json.loads((deep_folder / "config.json").read_text())
     assert config["auto_map"] == {
         "AutoConfig": "configuration_deep_encoder.DeepEncoderConfig",
@@ -86,7 +86,7 @@ def test_the_new_modules_name_every_module_that_travels_with_them() -> None:
     """Before transformers 5.10 only what a module itself imports is copied."""
     tree = ast.parse((PACKAGE / "modeling_deep_encoder.py").read_text())
     named = {f"{node.module}.py" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
-    processors = {"image_processing_image_encoder_vit.py", "image_presets.py"}
+    processors = {"image_processing_image_encoder_vit.py", "image_presets.py", "image_reading.py"}
     assert named == DEEP_ENCODER_CODE - processors - {"modeling_deep_encoder.py"}
     allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
     for name in ("modeling_deep_encoder", "configuration_deep_encoder"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from image_encoder_vit import ImageEncoderViTImageProcessor, ImageEncoderViTImageProcessorPil
-from image_encoder_vit.image_processing_image_encoder_vit import open_image, to_rgb
+from image_encoder_vit.image_reading import open_image, to_rgb
 
 GREY = (127, 127, 127)
 SAMPLE_PAGE = Path(__file__).parent.parent / "samples" / "page.png"
@@ -48,7 +48,7 @@ def test_padding_is_bit_exact_with_pil(height: int, width: int, canvas: tuple[in
     if min(round(height / width * canvas[1]), round(width / height * canvas[0])) == 0:
         return  # PIL loses such an image; see the test of extreme ratios
     image = noise_image(height, width)
-    processor = ImageEncoderViTImageProcessorPil(size={"height": canvas[0], "width": canvas[1]})
+    processor = ImageEncoderViTImageProcessorPil(size={"height": canvas[0], "width": canvas[1]}, patch_size=1)
     pixels = processor(image, return_tensors="pt").pixel_values
     assert pixels.dtype == torch.float32
     assert torch.equal(pixels[0], reference_pixels(image, canvas))

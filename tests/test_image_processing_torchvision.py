@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -19,8 +20,9 @@ except (ImportError, RuntimeError):  # RuntimeError: a torchvision built for ano
 SAMPLE_PAGE = Path(__file__).parent.parent / "samples" / "page.png"
 MEAN_BOUND_LEVELS = 0.01  # mean difference from PIL in levels of 0..255
 MAX_BOUND_LEVELS = 3
-# Of the sample page stretched to a square, 0.06 % of the values differ by more than 2 levels; 11.6 at most, measured.
-MAX_BOUND_LEVELS_BY_PRESET = {"got-ocr2": 12}
+# Pillow 13 resizes the height first where it shrinks much more than the width, as by stretching an upright page to a
+# square; torchvision, and Pillow before, the width. 0.06 % of the values differ by more than 2 levels, 11.6 at most.
+MAX_BOUND_LEVELS_BY_PRESET = {"got-ocr2": 12} if int(PIL.__version__.split(".")[0]) >= 13 else {}
 SETTINGS = [
     {},
     {"do_pad": False},

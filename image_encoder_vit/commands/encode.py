@@ -2,91 +2,55 @@
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
+from ..corpora.page_files import describe
+from ..corpora.pages import Page, PageReader, ReadOptions, find_pages, is_named_file_missing
 from ..corpora.pictures import page_beside_features
-from ..image_geometry import Region, Size
-from ..image_processing_image_encoder_vit import open_image, to_rgb
+from ..image_geometry import ImagePlace, place_of
 from ..modeling_deep_encoder import DeepEncoderModel
-from ..storage.atomic_file import atomic_file
-from ..support import message_of
-from .frame import ERROR_LINES, progress_bar, run_command
+from ..storage.atomic_file import atomic_file, partial_path
+from ..storage.safetensors_writer import SafetensorsWriter, encoded_json
+from ..support import message_of, visible
+from .frame import ERROR, ERROR_LINES, INTERRUPTED, progress_bar, run_command
 from .loading import NO_TOKENS, RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, choose_device, load_model, load_processor
 from .options import DTYPES, add_option, check_output, command_parser
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
 MAX_PLOT_ROWS = 16
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+HEADER_BYTES_PER_PAGE = 800  # Beside its name: three tensors, and where the image lies.
 
 
 class Encoded(NamedTuple):
     """
-    One image's features (C, h, w) on the host, and what the processor said about its place on the canvas. `local` is
-    the stitched map of its tiles, None if it has none; `tokens` (n, C) what a decoder reads of it, None if the model
-    has none.
+    One page's features on the host by what follows its name, "" for the map (C, h, w), ":tiles" for the stitched map of
+    its tiles, ":tokens" for what a decoder reads of it (n, C); and where the page lies on its canvas.
     """
 
     name: str
-    page: Image.Image
-    features: torch.Tensor
-    original_size: Size
-    valid_region: Region
-    local: torch.Tensor | None
-    tokens: torch.Tensor | None
+    tensors: dict[str, torch.Tensor]
+    place: ImagePlace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(encode, parse_arguments(argv), after_interrupt="nothing was written")
-
-
-def encode(arguments: argparse.Namespace) -> int:
-    for path in filter(None, (arguments.output, arguments.plot)):
-        check_output(path, arguments.overwrite)
-    paths = find_images(arguments.images)
-    device = choose_device(arguments.device)
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    model = load_model(arguments.checkpoint, dtype, arguments.revision).to(device)
-    if arguments.tokens and not isinstance(model, DeepEncoderModel):
-        raise ValueError(NO_TOKENS)
-    processor = load_processor(arguments.checkpoint, arguments.revision, preset=arguments.preset)
-    if arguments.checkpoint is None:
-        print(RANDOM_WEIGHTS_NOTICE)
-    print(f"{len(paths)} image(s), {model.dtype} on {device}".replace("torch.", ""))
-    encoded: list[Encoded] = []
-    failures = 0
-    with progress_bar(len(paths), "image") as progress:
-        for path in paths:
-            try:
-                result, report = encode_image(path, processor, model, do_pad=arguments.pad)
-            except (OSError, ValueError) as error:
-                failures += 1
-                progress.write(f"{path}: skipped: {message_of(error, ERROR_LINES)}", file=sys.stderr)
-            else:
-                encoded.append(result)
-                progress.write(report)
-            progress.update()
-
-    if encoded:
-        write_features(encoded, arguments.output, arguments.checkpoint, with_tokens=arguments.tokens)
-        print(f"Wrote the features of {len(encoded)} image(s) to {arguments.output}")
-        if arguments.plot:
-            draw(encoded[:MAX_PLOT_ROWS], model.encoder.stride).save(arguments.plot)
-            print(f"Drew {min(len(encoded), MAX_PLOT_ROWS)} of {len(encoded)} image(s) to {arguments.plot}")
-    if failures:
-        print(f"error: {failures} of {len(paths)} image(s) could not be encoded, see above", file=sys.stderr)
-    return 1 if failures else 0
+    return run_command(encode, parse_arguments(argv), after_interrupt="nothing was encoded yet")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("encode", __doc__)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, PDFs, folders, glob patterns: what extract takes"
+    )
     for name in ("--checkpoint", "--revision", "--device", "--dtype", "--preset"):
         add_option(parser, name)
     add_option(parser, "--output", metavar="FILE.safetensors", help="where features go")
@@ -97,74 +61,230 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def find_images(arguments: Iterable[Path]) -> list[Path]:
+def encode(arguments: argparse.Namespace) -> int:
     """
-    The files named, and the image files below the folders named, sorted, each once.
+    Encodes all pages; returns the exit status.
 
     Raises:
-        ValueError: If a folder holds no image.
+        OSError, ValueError, ImportError: With a message for the user, before anything was encoded.
     """
-    paths: dict[Path, None] = {}
-    for argument in arguments:
-        if not argument.is_dir():
-            paths[argument] = None
+    check_outputs(arguments.output, arguments.plot)
+    for path in filter(None, (arguments.output, arguments.plot)):
+        check_output(path, arguments.overwrite)
+    pages, missing = find_images(arguments.images, {arguments.output, arguments.plot})
+    total = len(pages) + len(missing)
+    for name in missing:
+        print(f"{visible(name)}: skipped: No image file at {name!r}.", file=sys.stderr)
+    if not pages:
+        print(f"error: {total} of {total} image(s) could not be encoded, see above", file=sys.stderr)
+        return 1
+    device = choose_device(arguments.device)
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    model = load_model(arguments.checkpoint, dtype, arguments.revision).to(device)
+    if arguments.tokens and not isinstance(model, DeepEncoderModel):
+        raise ValueError(NO_TOKENS)
+    settings = {} if arguments.pad else {"do_pad": False}
+    processor = load_processor(arguments.checkpoint, arguments.revision, preset=arguments.preset, **settings)
+    if arguments.checkpoint is None:
+        print(RANDOM_WEIGHTS_NOTICE)
+    print(f"{total} image(s), {model.dtype} on {device}".replace("torch.", ""))
+
+    job = Job(pages, processor, model, with_tokens=arguments.tokens, with_pictures=arguments.plot is not None)
+    results = job.run()
+    first = next(results, None)
+    if first is not None:
+        with atomic_file(arguments.output) as partial:
+            job.write(first, results, partial, arguments.checkpoint)
+        print(f"Wrote the features of {job.encoded} image(s) to {visible(str(arguments.output))}")
+        if arguments.plot:
+            with atomic_file(arguments.plot) as partial:
+                sheet(job.pictures).save(partial, format=format_of(arguments.plot))
+            print(f"Drew {len(job.pictures)} of {job.encoded} image(s) to {visible(str(arguments.plot))}")
+    failures = job.failures + len(missing)
+    if job.stopped:
+        left = len(pages) - job.encoded - job.failures
+        print(f"{job.stopped}: {left} of {total} image(s) were not tried.", file=sys.stderr)
+    if failures:
+        print(f"error: {failures} of {total} image(s) could not be encoded, see above", file=sys.stderr)
+    return job.status or (1 if failures else 0)
+
+
+def check_outputs(output: Path, plot: Path | None) -> None:
+    """
+    Checks that both files can be written, before there is anything to write.
+
+    Raises:
+        ValueError, OSError: If not, naming the file.
+    """
+    if plot is not None:
+        format_of(plot)
+        if plot.absolute() == output.absolute():
+            raise ValueError(f"--output and --plot are the same file, {str(output)!r}.")
+    for path in (output, plot):
+        if path is None:
             continue
-        found = sorted(path for path in argument.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise ValueError(f"No image in folder {str(argument)!r}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}.")
-        paths.update(dict.fromkeys(found))
-    return list(paths)
+        try:
+            if path.is_dir():
+                raise ValueError(f"{str(path)!r} is a folder: name a file.")
+            above = next(folder for folder in path.absolute().parents if folder.exists())
+            if above == path.absolute().parent:
+                partial_path(path).touch()
+                partial_path(path).unlink()
+            elif not above.is_dir() or not os.access(above, os.W_OK):
+                raise PermissionError(f"{str(above)!r} cannot be written to")
+        except OSError as error:
+            raise OSError(f"Cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
-@torch.inference_mode()
-def encode_image(path: Path, processor: Any, model: Any, *, do_pad: bool) -> tuple[Encoded, str]:
-    """Encodes one image file; returns its features and a line to print about it."""
-    page = to_rgb(open_image(path))
-    start = time.perf_counter()
-    inputs = processor(page, return_tensors="pt", do_pad=do_pad)
-    outputs = model(**inputs.to(model.device))
-    features = outputs.last_hidden_state[0].cpu()
-    local = outputs.local_feature_maps[0] if outputs.local_feature_maps else None
-    elapsed_s = time.perf_counter() - start
-    height_px, width_px = inputs["pixel_values"].shape[2:]
-    patch_px = model.config.patch_size
-    report = (
-        f"{path}: {page.height} x {page.width} px -> {height_px} x {width_px} px, "
-        f"grid {height_px // patch_px} x {width_px // patch_px}, "
-        f"features {tuple(features.shape)}, {outputs.patch_embeds.shape[1]} tokens, {elapsed_s:.2f} s"
-    )
-    if local is not None:
-        rows, columns = inputs["tile_grids"][0].tolist()
-        report += f", {rows} x {columns} tiles, features {tuple(local.shape)}"
-    height, width = inputs["original_sizes"][0].tolist()
-    top, left, valid_height, valid_width = inputs["valid_regions"][0].tolist()
-    region = (top, left, valid_height, valid_width)
-    local = local.cpu() if local is not None else None
-    tokens = getattr(outputs, "vision_tokens", None)
-    if tokens is not None:
-        report += f", {len(tokens[0])} vision tokens"
-        tokens = tokens[0].cpu()
-    return Encoded(str(path), page, features, (height, width), region, local, tokens), report
+def format_of(path: Path) -> str:
+    """The picture format of a file name. Raises a ValueError for one that PIL does not write."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"--plot {str(path)!r}: unknown kind of picture; use a name such as page.png.")
+    return str(kind)
 
 
-def write_features(encoded: list[Encoded], output: Path, checkpoint: str | None, with_tokens: bool = False) -> None:
+def find_images(arguments: Sequence[str], outputs: set[Path | None]) -> tuple[list[Page], list[str]]:
     """
-    Writes one tensor (C, h, w) an image, named by its path, one more with ":tiles" after the name where it has tiles,
-    one (n, C) with ":tokens" where they are wanted, and where each image lies on its canvas as metadata.
+    The pages of files, folders and patterns, each once, without those of `outputs`, and the files that are not there.
+
+    Raises:
+        ValueError: If a folder or pattern has no image, or an output is among the files named.
     """
-    images = {e.name: {"original_size": e.original_size, "valid_region": e.valid_region} for e in encoded}
-    metadata = {"images": json.dumps(images), "checkpoint": checkpoint or f"random weights, seed {RANDOM_SEED}"}
-    tensors = {e.name: e.features.contiguous() for e in encoded}
-    tensors |= {f"{e.name}:tiles": e.local.contiguous() for e in encoded if e.local is not None}
-    if with_tokens:
-        tensors |= {f"{e.name}:tokens": e.tokens.contiguous() for e in encoded if e.tokens is not None}
-    with atomic_file(output) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    missing = [name for name in arguments if is_named_file_missing(name)]
+    written = {os.path.abspath(path) for path in outputs if path is not None}
+    for name in arguments:
+        if os.path.abspath(name) in written:
+            raise ValueError(f"{name!r} is an image to encode and an output: choose another output.")
+        if os.path.isdir(name) and not any(True for _ in find_pages([name], ReadOptions())):
+            raise ValueError(f"No image in folder {name!r}.")
+    pages = find_pages([name for name in arguments if name not in missing], ReadOptions())
+    return [page for page in pages if os.path.abspath(page.path) not in written], missing
 
 
-def draw(encoded: list[Encoded], stride: int) -> Image.Image:
-    """The pages beside their features, one below the other."""
-    rows = [page_beside_features(e.page, e.features, e.valid_region, stride) for e in encoded]
+class Job:
+    """
+    The pages of a command on their way to the output; tells about each on stdout, and on stderr of those that fail.
+
+    `stopped` says why it ended early, with its exit `status`.
+    """
+
+    def __init__(
+        self, pages: list[Page], processor: Any, model: Any, *, with_tokens: bool, with_pictures: bool
+    ) -> None:
+        self.pages, self.processor, self.model = pages, processor, model
+        self.names = names_of(pages)
+        self.with_tokens, self.with_pictures = with_tokens, with_pictures
+        self.pictures: list[Image.Image] = []
+        self.encoded = self.failures = self.status = 0
+        self.stopped = ""
+
+    def run(self) -> Iterator[Encoded]:
+        """The features of one page after the other."""
+        reader = PageReader(ReadOptions())
+        with progress_bar(len(self.pages), "image") as progress:
+            for number, (page, name) in enumerate(zip(self.pages, self.names, strict=True)):
+                progress.update(number - progress.n)
+                try:
+                    image = reader.read(page).image
+                except Exception as error:  # A damaged file makes decoders raise nearly anything.
+                    self.failures += 1
+                    told = f"Cannot read {name!r} as an image: {visible(describe(error))}"
+                    progress.write(f"{visible(name)}: skipped: {told}", file=sys.stderr)
+                    continue
+                try:
+                    result, report = self.encode_image(name, image)
+                except (OSError, ValueError, RuntimeError, MemoryError) as error:
+                    self.failures += 1
+                    progress.write(f"{visible(name)}: skipped: {message_of(error, ERROR_LINES)}", file=sys.stderr)
+                    continue
+                progress.write(report)
+                yield result
+            progress.update(len(self.pages) - progress.n)
+
+    @torch.inference_mode()
+    def encode_image(self, name: str, page: Image.Image) -> tuple[Encoded, str]:
+        """Encodes one page; returns its features and a line to print about it."""
+        start = time.perf_counter()
+        inputs = self.processor(page, return_tensors="pt")
+        outputs = self.model(**inputs.to(self.model.device))
+        tensors = {"": outputs.last_hidden_state[0].cpu()}
+        local = outputs.local_feature_maps[0] if outputs.local_feature_maps else None
+        elapsed_s = time.perf_counter() - start
+        height_px, width_px = inputs["pixel_values"].shape[2:]
+        patch_px = self.model.config.patch_size
+        report = (
+            f"{visible(name)}: {page.height} x {page.width} px -> {height_px} x {width_px} px, "
+            f"grid {height_px // patch_px} x {width_px // patch_px}, "
+            f"features {tuple(tensors[''].shape)}, {outputs.patch_embeds.shape[1]} tokens, {elapsed_s:.2f} s"
+        )
+        if local is not None:
+            rows, columns = inputs["tile_grids"][0].tolist()
+            tensors[":tiles"] = local.cpu()
+            report += f", {rows} x {columns} tiles, features {tuple(local.shape)}"
+        if (tokens := getattr(outputs, "vision_tokens", None)) is not None:
+            report += f", {len(tokens[0])} vision tokens"
+            if self.with_tokens:
+                tensors[":tokens"] = tokens[0].cpu()
+        place = place_of(inputs, 0)
+        if self.with_pictures and len(self.pictures) < MAX_PLOT_ROWS:
+            self.pictures.append(page_beside_features(page, tensors[""], place.valid_region, self.model.encoder.stride))
+        return Encoded(name, tensors, place), report
+
+    def write(self, first: Encoded, others: Iterator[Encoded], path: Path, checkpoint: str | None) -> None:
+        """
+        Writes one tensor a page as they come, named by its file, more with ":tiles" and ":tokens" after the name where
+        it has these, and where each image lies on its canvas as metadata. What is there when it is interrupted, or when
+        the disk is full, is a whole file.
+        """
+        images: dict[str, Any] = {}
+        source = checkpoint or f"random weights, seed {RANDOM_SEED}"
+        metadata = {"checkpoint": source, "pillow": PIL.__version__}
+        kept = len(encoded_json(metadata)) + 100
+        for name in self.names:
+            in_json = encoded_json(name)
+            kept += 3 * len(in_json) + len(encoded_json(in_json.decode())) + HEADER_BYTES_PER_PAGE
+        with SafetensorsWriter(path, kept) as writer:
+            result: Encoded | None = first
+            try:
+                while result is not None:
+                    for suffix, tensor in result.tensors.items():
+                        data = tensor.contiguous().view(torch.uint8).numpy()
+                        writer.add(result.name + suffix, DTYPE_NAMES[tensor.dtype], tensor.shape, data)
+                    images[result.name] = result.place._asdict()
+                    self.encoded += 1
+                    result = next(others, None)
+            except KeyboardInterrupt:
+                self.stopped, self.status = "error: interrupted", INTERRUPTED
+            except OSError as error:
+                if not images:
+                    raise
+                self.stopped, self.status = f"error: {message_of(error)}", ERROR
+            writer.finish({"images": json.dumps(images, ensure_ascii=False), **metadata})
+
+
+def names_of(pages: list[Page]) -> list[str]:
+    """A name for each page, no two alike: its source where that has one page, else with the page's number."""
+    pages_of_source = Counter(page.source for page in pages)
+    names: dict[str, None] = {}
+    for page in pages:
+        name = base = page.source if pages_of_source[page.source] == 1 else page.id
+        number = 1
+        while any(taken in names for taken in _related(name)):
+            number += 1
+            name = f"{base}@{number}"
+        names[name] = None
+    return list(names)
+
+
+def _related(name: str) -> list[str]:
+    """The name, and those whose tensors may have the same names as its own."""
+    base = name.removesuffix(":tiles").removesuffix(":tokens")
+    return [name, base, f"{name}:tiles", f"{name}:tokens"]
+
+
+def sheet(rows: list[Image.Image]) -> Image.Image:
+    """Pictures one below the other."""
     gap_px = 16
     height = sum(row.height for row in rows) + gap_px * (len(rows) - 1)
     picture = Image.new("RGB", (max(row.width for row in rows), height), (255, 255, 255))

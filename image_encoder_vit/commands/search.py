@@ -28,6 +28,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from ..corpora.extraction import digest_of
 from ..corpora.pages import Page, PageReader, ReadOptions, find_pages
 from ..corpora.pictures import sheet
 from ..corpora.search import LATE, MODES, RERANKED, SHORTLIST_PAGES, Box, Hit, Query, query_of_map, query_of_page
@@ -35,7 +36,7 @@ from ..corpora.search import search as search_store
 from ..corpora.store import PLAN_FILE, WORK, FeatureStore, Plan
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
 from ..storage.atomic_file import atomic_file
-from .extract import digest_of, positive
+from .extract import positive
 from .frame import run_command
 from .loading import RANDOM_SEED, choose_device, load_model
 from .options import DTYPES, add_option, check_output, command_parser

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..attention import at_least_float32, relative_positions
-from ..image_geometry import Region, Size
+from ..image_geometry import ImagePlace, Region, Size
 
 Cell = tuple[int, int]  # row, column
 
@@ -44,8 +44,7 @@ def pca_to_rgb(features: Tensor) -> Tensor:
 
 def valid_cells(valid_region: Region, stride: int) -> tuple[slice, slice]:
     """The rows and columns of cells, `stride` px each, that `valid_region` touches, in px of the canvas."""
-    top, left, height, width = valid_region
-    return slice(top // stride, -(-(top + height) // stride)), slice(left // stride, -(-(left + width) // stride))
+    return ImagePlace(valid_region[2:], valid_region).cells(stride)
 
 
 def cells_over_page(cells: Image.Image, valid_region: Region, stride: int) -> Image.Image:
@@ -87,15 +86,7 @@ def cell_at(point: tuple[float, float], original_size: Size, valid_region: Regio
     Raises:
         ValueError: If the point lies outside of the image.
     """
-    cell = []
-    for value, original, offset, valid in zip(point, original_size, valid_region[:2], valid_region[2:], strict=True):
-        if not 0 <= value < original:
-            raise ValueError(
-                f"The point x = {point[1]:g}, y = {point[0]:g} lies outside of the image of {original_size[1]} x "
-                f"{original_size[0]} px (width x height)."
-            )
-        cell.append(int((offset + value * valid / original) // stride))
-    return cell[0], cell[1]
+    return ImagePlace(original_size, valid_region).cell_at(*point, stride)
 
 
 def similarity_to_cell(features: Tensor, cell: Cell, valid_region: Region, stride: int) -> Tensor:

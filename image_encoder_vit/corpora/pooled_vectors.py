@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..feature_maps import FeatureMap, image_feature_maps
+from ..image_geometry import ImagePlace
 from ..storage.atomic_file import atomic_file
 from ..storage.safetensors_format import build_header
 from .store import INDEX_FILE, FeatureStore
@@ -43,8 +44,7 @@ def feature_map(store: FeatureStore, page_id: str) -> FeatureMap:
         store[page_id],
         None,
         stride=stride_px(store),
-        original_size=tuple(row["original_size"]),
-        valid_region=tuple(row["valid_region"]),
+        place=ImagePlace(tuple(row["original_size"]), tuple(row["valid_region"])),
         tile_grid=(0, 0),
         tile_size=0,
     ).global_map

@@ -11,19 +11,23 @@ makes the same bytes.
 import hashlib
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as compute
-import pyarrow.parquet as parquet
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..storage.atomic_file import atomic_file
+from ..support import import_extra, message_of
 from .pages import Page
+
+pa = import_extra("pyarrow", "corpora")
+compute = import_extra("pyarrow.compute", "corpora")
+parquet = import_extra("pyarrow.parquet", "corpora")
 
 MANIFEST_FILE, INDEX_FILE, REJECTS_FILE = "manifest.json", "index.parquet", "rejects.parquet"
 SHARDS, WORK = "shards", ".work"
@@ -41,9 +45,12 @@ PLAN_SCHEMA = pa.schema(
         ("size", pa.int64()),
         ("stamp", pa.string()),
         ("problem", pa.string()),
+        ("item", pa.int32()),
+        ("frame", pa.int32()),
     ]
 )
-# Sizes and regions in px, the grid in cells, (rows, columns); `row` is the name of the tensor in its shard.
+# Sizes and regions in px, the grid in cells, (rows, columns); `row` is the name of the tensor in its shard, whose size
+# in bytes and digest stand in each of its rows.
 INDEX_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -55,6 +62,8 @@ INDEX_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("row", pa.int32()),
         ("sha256", pa.string()),
+        ("shard_bytes", pa.int64()),
+        ("shard_sha256", pa.string()),
     ]
 )
 REJECTS_SCHEMA = pa.schema(
@@ -63,38 +72,11 @@ REJECTS_SCHEMA = pa.schema(
 UNIT_SCHEMA = pa.schema([*INDEX_SCHEMA, ("reason", pa.string())])
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that appears complete or not at all, and stays after a power failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    _rename(partial, path)
-
-
-def _rename(partial: Path, path: Path) -> None:
-    partial.replace(path)
-    if os.name != "nt":  # Folders cannot be opened there.
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, new_writer: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        with new_writer(file, schema) as writer:
-            for table in tables:
-                if table.num_rows:
-                    writer.write_table(table)
-        file.flush()
-        os.fsync(file.fileno())
-    _rename(partial, path)
+def _write_table(path: Path, tables: Iterable[Any], schema: Any, new_writer: Any) -> None:
+    with atomic_file(path) as partial, new_writer(str(partial), schema) as writer:
+        for table in tables:
+            if table.num_rows:
+                writer.write_table(table)
 
 
 class Plan:
@@ -105,7 +87,7 @@ class Plan:
         self.pages_per_unit = pages_per_unit
         self.table = self._map()
 
-    def _map(self) -> pa.Table:
+    def _map(self) -> Any:
         """The list as it lies on the disk, shared by all processes: of millions of pages none is a Python object."""
         return pa.ipc.open_file(pa.memory_map(self.path)).read_all()
 
@@ -142,9 +124,9 @@ def write_plan(folder: Path, pages: Iterable[Page]) -> str:
     """
     digest = hashlib.sha256()
 
-    def tables() -> Iterator[pa.Table]:
+    def tables() -> Iterator[Any]:
         rows: list[dict[str, Any]] = []
-        for page in pages:
+        for page in map(Page.storable, pages):
             digest.update(json.dumps(page).encode())
             rows.append(page._asdict())
             if len(rows) == PAGES_PER_WRITE:
@@ -168,7 +150,8 @@ def check_folder(folder: Path) -> None:
         raise FileExistsError(f"{str(folder)!r} is no folder: choose another --output.")
     if not folder.is_dir() or (folder / MANIFEST_FILE).exists():
         return
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name != WORK)
+    # A killed run leaves what it was writing.
+    others = sorted(path.name for path in folder.iterdir() if path.name != WORK and not _is_partial(path))
     if others:
         raise FileExistsError(
             f"{str(folder)!r} holds something else, {others[0]!r}: choose another folder, or remove it."
@@ -184,7 +167,8 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """
     path = folder / MANIFEST_FILE
     if not path.exists():
-        write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     changes = differences(before, json.loads(json.dumps(manifest)))
@@ -215,7 +199,68 @@ def shard_name(unit: int) -> str:
 
 
 def is_complete(folder: Path, unit: int) -> bool:
+    """Whether all of a unit was written; its shard may have gone since."""
     return _unit_path(folder, unit).exists()
+
+
+def is_whole(folder: Path, unit: int) -> bool:
+    """Whether a unit is complete, with a shard of the size that it was written with."""
+    if not is_complete(folder, unit):
+        return False
+    try:
+        return all(shard.is_there(folder) for shard in _shards(read_unit(folder, unit)))
+    except (OSError, ValueError):  # The rows themselves are damaged.
+        return False
+
+
+def forget_unit(folder: Path, unit: int) -> None:
+    """Makes a unit incomplete, if it is not already."""
+    _unit_path(folder, unit).unlink(missing_ok=True)
+
+
+def read_unit(folder: Path, unit: int) -> Any:
+    """The rows of a complete unit, a table of `UNIT_SCHEMA`."""
+    return parquet.read_table(_unit_path(folder, unit), schema=UNIT_SCHEMA)
+
+
+class Shard(NamedTuple):
+    """A file of features as the index tells of it: its name in the folder, size in bytes and SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+    def is_there(self, folder: Path) -> bool:
+        """Whether the file has its size."""
+        try:
+            return (folder / self.name).stat().st_size == self.size
+        except OSError:
+            return False
+
+    def damage(self, folder: Path) -> str:
+        """What is wrong with the file, "" if nothing; all of it is read."""
+        try:
+            with (folder / self.name).open("rb") as file:
+                digest = hashlib.sha256()
+                size = 0
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    size += len(block)
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        if size != self.size:
+            return f"has {size} of {self.size} bytes"
+        return "" if digest.hexdigest() == self.sha256 else "has other bytes than were written"
+
+
+def _shards(table: Any) -> list[Shard]:
+    """The shards that rows of an index lie in, in order, each once."""
+    columns = (table[name].to_pylist() for name in ("shard", "shard_bytes", "shard_sha256"))
+    return [Shard(*shard) for shard in dict.fromkeys(zip(*columns, strict=True)) if shard[0] is not None]
+
+
+def _is_partial(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -227,12 +272,15 @@ def remove_partial_files(folder: Path) -> None:
 
 def write_unit(folder: Path, unit: int, features: dict[int, torch.Tensor], rows: list[dict[str, Any]]) -> None:
     """
-    Makes a unit complete: `features` are the tensors (C, h, w) by their row, `rows` those of `UNIT_SCHEMA`, with a
-    `reason` for each rejected page.
+    Makes a unit complete: `features` are the tensors (C, h, w) by their row, `rows` those of `UNIT_SCHEMA` without
+    what they tell of the shard, with a `reason` for each rejected page.
     """
     if features:
-        tensors = {str(row): tensor.contiguous() for row, tensor in features.items()}
-        write_atomically(folder / shard_name(unit), save(tensors, metadata={"format": "pt"}))
+        data = save({str(row): tensor.contiguous() for row, tensor in features.items()}, metadata={"format": "pt"})
+        with atomic_file(folder / shard_name(unit)) as partial:
+            partial.write_bytes(data)
+        shard = {"shard": shard_name(unit), "shard_bytes": len(data), "shard_sha256": hashlib.sha256(data).hexdigest()}
+        rows = [row if row.get("reason") is not None else row | shard for row in rows]
     _write_table(
         _unit_path(folder, unit), [pa.Table.from_pylist(rows, schema=UNIT_SCHEMA)], UNIT_SCHEMA, parquet.ParquetWriter
     )
@@ -245,9 +293,9 @@ def merge(folder: Path, num_units: int) -> tuple[int, int]:
     """
     counts = {REJECTS_FILE: 0, INDEX_FILE: 0}
 
-    def tables(name: str, schema: pa.Schema) -> Iterator[pa.Table]:
+    def tables(name: str, schema: Any) -> Iterator[Any]:
         for unit in range(num_units):
-            table = parquet.read_table(_unit_path(folder, unit), schema=UNIT_SCHEMA)
+            table = read_unit(folder, unit)
             is_rejected = compute.is_valid(table["reason"])
             mask = is_rejected if name == REJECTS_FILE else compute.invert(is_rejected)
             table = table.filter(mask).select(schema.names)
@@ -259,11 +307,18 @@ def merge(folder: Path, num_units: int) -> tuple[int, int]:
     return counts[INDEX_FILE], counts[REJECTS_FILE]
 
 
+def rejects(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of the rejects table of a finished run."""
+    with parquet.ParquetFile(folder / REJECTS_FILE) as file:
+        for batch in file.iter_batches(PAGES_PER_WRITE):
+            yield from batch.to_pylist()
+
+
 class FeatureStore:
     """
     The features that `image-encoder-vit extract` has written, by the id of their page, "source#page":
     `store["scan.pdf#2"]` is a tensor (C, h, w), read from the disk when asked for. `len`, `in` and iteration are over
-    ids, in the order of the corpus. It can be given to worker processes.
+    ids, in the order of the corpus. Several threads may read from it, and it can be given to worker processes.
 
     Raises:
         FileNotFoundError: If there is no finished run in the folder.
@@ -275,9 +330,10 @@ class FeatureStore:
             what = "an unfinished run: the same command finishes it" if (self.folder / WORK).is_dir() else "no features"
             raise FileNotFoundError(f"{str(folder)!r} holds {what}.")
         self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        self.index: pa.Table = parquet.read_table(self.folder / INDEX_FILE)
+        self.index: Any = parquet.read_table(self.folder / INDEX_FILE)
         self._positions = {page_id: position for position, page_id in enumerate(self.index["id"].to_pylist())}
         self._open: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -304,16 +360,46 @@ class FeatureStore:
 
     def __getitem__(self, page_id: str) -> torch.Tensor:
         row = self.row(page_id)
-        features: torch.Tensor = self._shard(row["shard"]).get_tensor(str(row["row"]))
+        try:
+            features: torch.Tensor = self._shard(row["shard"]).get_tensor(str(row["row"]))
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"The shard {str(self.folder / row['shard'])!r} is missing or damaged: {message_of(error)}. The "
+                "command that extracted the features makes it again if it is missing or cut off; `image-encoder-vit "
+                "extract --verify` tells which shards are damaged."
+            ) from error
         return features
 
+    def damaged_shards(self) -> Iterator[tuple[str, str]]:
+        """Reads every shard; the names of those that are not as they were written, and what is wrong with each."""
+        for shard in self.shards():
+            if problem := shard.damage(self.folder):
+                yield shard.name, problem
+
+    def shards(self) -> list[Shard]:
+        """
+        All shards.
+
+        Raises:
+            ValueError: If the index is of a version that did not record them.
+        """
+        if "shard_sha256" not in self.index.column_names:
+            raise ValueError(f"The index in {str(self.folder)!r} holds no digests: extract the features again.")
+        return _shards(self.index)
+
     def _shard(self, name: str) -> Any:
-        if name not in self._open:
-            if len(self._open) == MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-            self._open[name] = safe_open(self.folder / name, "pt")
-        self._open.move_to_end(name)
-        return self._open[name]
+        with self._lock:
+            if name not in self._open:
+                while len(self._open) >= MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+                self._open[name] = safe_open(self.folder / name, "pt")
+            self._open.move_to_end(name)
+            return self._open[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}  # Open files stay with their process.
+        # Open files and locks stay with their process.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open, self._lock = OrderedDict(), threading.Lock()

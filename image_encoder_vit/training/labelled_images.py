@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..image_processing_image_encoder_vit import open_image, to_rgb
+from ..image_reading import open_image, to_rgb
 from ..support import import_extra, visible
 
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL
 import torch
 
 from ..storage.output_folder import discard, folder_lock, publish, unfinished_folder, unfinished_path
@@ -203,6 +204,7 @@ def provenance_of(
             "license_stated_by": stated_by if license_name else None,
         },
         "notices": list(notices),
+        "versions": {"pillow": PIL.__version__},  # Its resizing has versions, and the processor is equal to it.
         "tensors": {
             name: {"source_name": layout.sources[name.removeprefix(prefix)], **record}
             for name, record in records.items()
