@@ -304,7 +304,7 @@ def test_errors_of_the_hub_have_their_own_types(hub: HubServer, worker: Worker, 
     hub.add_repository("pull/closed", folder_files(tmp_path / "source"), is_private=True)
     hub.add_repository("pull/terms", folder_files(tmp_path / "source"), is_gated=True)
     cases = [
-        ({"source": "pull/absent"}, "RepositoryNotFoundError", "no such repository, or it is private"),
+        ({"source": "pull/absent"}, "RepositoryNotFoundError", "no such repository 'pull/absent', or it is private"),
         ({"source": "pull/closed", "revision": "nope"}, "RevisionNotFoundError", "no such revision"),
         ({"source": "pull/terms", "token": False}, "GatedRepoError", "gated: accept its terms"),
         ({"source": "pull/terms", "token": "hf_xWrong"}, "HfHubHTTPError", "refuses the token (401)"),

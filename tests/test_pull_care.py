@@ -347,6 +347,12 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
         load_pickle(tmp_path / "view.pth")
 
 
+def test_a_source_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "endless.pth")
+    with pytest.raises(ValueError, match="neither a folder nor a regular file"):
+        pull(tmp_path / "endless.pth", tmp_path / "out")
+
+
 @pytest.mark.parametrize("settings", [{"image_std": [0, 0, 0]}, {"size": -1}, {"size": {"height": -1, "width": 4}}])
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], model_folder: str, tmp_path: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "source")
@@ -411,7 +417,9 @@ def test_a_path_that_does_not_exist_is_told_at_once(
     (tmp_path / "weights").mkdir()
     monkeypatch.chdir(tmp_path)
     assert command(["pull", missing, "out"]) == 2
-    assert capsys.readouterr().err == f"error: There is no file or folder {missing!r}.\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: There is no file or folder {missing!r}.")
+    assert said.count("\n") == 1
     assert command(["encode", "page.png", "--checkpoint", missing, "--output", "x.safetensors"]) == 2
     assert f"There is no file or folder {missing!r}." in capsys.readouterr().err
 

@@ -290,13 +290,20 @@ def with_retries(call: Callable[[], Result], retry: RetryPolicy, token: str | No
     return repeat(attempt, retry, what)
 
 
+def _repository_in(error: BaseException) -> str:
+    """The name of the repository that an error of huggingface_hub's is about, quoted, as far as its address tells."""
+    address = str(getattr(getattr(error, "response", None), "url", ""))
+    match = re.search(r"/api/models/([\w.-]+(?:/[\w.-]+)?)", address)
+    return f" {match[1].removesuffix('/revision')!r}" if match else ""
+
+
 def one_line(error: BaseException) -> str:
     """The message for a user of the commands: one line that says what the Hub's own errors mean."""
     meanings: list[tuple[type[Exception], str]] = [
         (errors.GatedRepoError, "the repository is gated: accept its terms on the Hub, and log in or set HF_TOKEN"),
         (
             errors.RepositoryNotFoundError,
-            "no such repository, or it is private: check the name, and log in or set HF_TOKEN",
+            f"no such repository{_repository_in(error)}, or it is private: check the name, and log in or set HF_TOKEN",
         ),
         (errors.RevisionNotFoundError, "the repository has no such revision"),
         (errors.EntryNotFoundError, "the repository has no such file"),

@@ -88,14 +88,13 @@ def check_may_be_on_the_hub(source: str) -> None:
         FileNotFoundError: If it can only be meant as a path.
     """
     parts = source.split("/")
-    if (
-        source.startswith((".", "/", "~"))
-        or "\\" in source
-        or source.endswith((*FORMATS, ".json"))
-        or len(parts) > 2
-        or (len(parts) == 2 and Path(parts[0]).is_dir())
-    ):
+    if source.startswith((".", "/", "~")) or "\\" in source or source.endswith((*FORMATS, ".json")) or len(parts) > 2:
         raise FileNotFoundError(f"There is no file or folder {source!r}.")
+    if len(parts) == 2 and Path(parts[0]).is_dir():
+        raise FileNotFoundError(
+            f"There is no file or folder {source!r}. (The folder {parts[0]!r} is here: to mean a repository of the "
+            "Hub, run this in another folder.)"
+        )
 
 
 def check_exists(checkpoint: str, revision: str | None = None) -> None:
@@ -128,6 +127,8 @@ def open_local(path: Path, choice: Choice, verify: bool) -> OpenedCheckpoint:
     else:
         if choice.filename is not None:
             raise ValueError(f"{path.name!r} is a file: choosing {choice.filename!r} in it makes no sense.")
+        if not path.is_file():
+            raise ValueError(f"{path.name!r} is neither a folder nor a regular file.")
         folder, names = path.parent, [path.name]
         selection = select_checkpoint(names, path.name, "The folder")
     if selection.is_index and not path.is_dir():
