@@ -26,7 +26,7 @@ from .model_kinds import kind_of, read_config
 from .sources import OpenedCheckpoint
 
 WEIGHTS_FILE = "model.safetensors"
-MAX_SIDE_PX = 16384
+MAX_SIDE_PX = 8192
 
 
 def write_weights(
