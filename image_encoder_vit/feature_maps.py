@@ -90,7 +90,7 @@ def checked_tile_grids(tile_grids: Tensor, num_tiles: int) -> list[Size]:
     The grids (rows, columns) of a batch as numbers.
 
     Raises:
-        ValueError: If they are none, or do not hold `num_tiles` tiles.
+        ValueError: If `tile_grids` has another shape than (images, 2), or its grids do not hold `num_tiles` tiles.
     """
     if tile_grids.ndim != 2 or tile_grids.shape[1] != 2:
         raise ValueError(f"tile_grids must be (images, 2), rows and columns of each, got {tuple(tile_grids.shape)}.")

@@ -72,7 +72,7 @@ def preset_settings(name: str) -> dict[str, Any]:
 
 
 def preset_name(settings: Mapping[str, Any]) -> str | None:
-    """The preset that all of these settings are as in, or None."""
+    """The first preset whose every setting has the same value here; None where there is no such preset."""
     for name, preset in PRESETS.items():
         if all(_plain(settings.get(key)) == _plain(value) for key, value in preset.items()):
             return name

@@ -24,10 +24,6 @@ MAX_REJECTS_SHOWN = 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    if "LOCAL_RANK" in os.environ:  # Started as one of several.
-        from ..corpora.extraction import end_with
-
-        end_with(os.getppid())
     work = verify if arguments.verify else run
     return run_command(work, arguments, after_interrupt="the same command goes on from here")
 
@@ -100,9 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         OSError, ValueError, ImportError: With a message for the user.
     """
-    from ..corpora.extraction import ExtractionOptions, FailedElsewhereError, extract
+    from ..corpora.extraction import ExtractionOptions, FailedElsewhereError, end_with, extract
     from ..corpora.pages import ReadOptions
 
+    if "LOCAL_RANK" in os.environ:  # Started as one of several.
+        end_with(os.getppid())
     rank = int(os.environ.get("RANK", "0"))
     options = ExtractionOptions(
         inputs=arguments.inputs,
