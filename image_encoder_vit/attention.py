@@ -55,8 +55,8 @@ def resize_by_matrices(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
         )[0, 0]
         for before, after in zip(table.shape[:2], grid, strict=True)
     )  # (H, H0) and (W, W0)
-    rows = (by_height @ table.flatten(1)).unflatten(1, table.shape[1:])  # (H, W0, C)
-    return (by_width @ rows).to(pos_embed.dtype)[None]
+    rows = by_width @ table  # (H0, W, C)
+    return (by_height @ rows.flatten(1)).unflatten(1, rows.shape[1:]).to(pos_embed.dtype)[None]
 
 
 def resize_rel_pos(table: Tensor, length: int) -> Tensor:
@@ -156,7 +156,7 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, relative: tuple[Te
 
 
 def _flex_attention() -> Any:
-    # Not at the top: torch 2.4 has none.
+    # Not at the top: it imports much of the compiler.
     return importlib.import_module("torch.nn.attention.flex_attention").flex_attention
 
 

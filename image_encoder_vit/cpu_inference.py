@@ -51,18 +51,12 @@ def takes_cpu_path(
         and not torch.is_grad_enabled()
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
-        and not is_exporting()
+        and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and bool(torch.backends.mkldnn.enabled)
         and (calls_layers or not torch.is_autocast_enabled("cpu") or input.dtype == torch.get_autocast_dtype("cpu"))
         and not any(is_watched(module) for module in modules)
     )
-
-
-def is_exporting() -> bool:
-    # Before 2.7 torch does not tell export from compilation, which is then taken for it.
-    asked = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return bool(asked())
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -22,11 +22,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import eager_attention, resize_pos_embed
 from .configuration_deep_encoder import DeepEncoderConfig
-from .configuration_image_encoder_vit import ImageEncoderViTConfig  # noqa: F401
 from .cpu_inference import linear
-from .cpu_kernel import kernel_attention  # noqa: F401
 from .feature_maps import stitch_tiles
-from .image_geometry import cell_edges  # noqa: F401
 from .modeling_image_encoder_vit import (
     ImageEncoderViT,
     ImageEncoderViTAttention,
@@ -37,8 +34,6 @@ from .modeling_image_encoder_vit import (
     init_encoder_positions,
     mean_over_cells,
 )
-
-# The unused imports are for transformers before 5.10, which copies of saved code only what this module itself names.
 
 CLIP_LAYER_NORM_EPS = 1e-5
 # What checkpoints hold of CLIP although nothing reads it: SAM's cells take the place of its patches.

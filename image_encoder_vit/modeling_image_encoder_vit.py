@@ -35,11 +35,7 @@ from .cpu_inference import (
     linear,
     takes_cpu_path,
 )
-from .cpu_kernel import kernel_attention  # noqa: F401
 from .feature_maps import checked_tile_grids, stitch_tiles
-from .image_geometry import cell_edges  # noqa: F401
-
-# The unused imports are for transformers before 5.10, which copies of saved code only what this module itself names.
 
 logger = logging.get_logger(__name__)
 
@@ -163,15 +159,15 @@ class ImageEncoderViTBlock(GradientCheckpointingLayer):
         step = self.window_size or 1  # Windows stay whole.
         images = max(1, TOKENS_PER_BAND // (height * width))
         rows = height if images > 1 else max(step, TOKENS_PER_BAND // width // step * step)
+        result = torch.empty(hidden.shape, dtype=hidden.dtype)
         if not self.window_size:
-            hidden = hidden + self.attn(self.norm1(hidden), attn_implementation)[0]
-        bands = []
-        for some in hidden.split(images):
-            for band in some.split(rows, dim=1):
+            torch.add(hidden, self.attn(self.norm1(hidden), attn_implementation)[0], out=result)
+        for images_in, images_out in zip(hidden.split(images), result.split(images), strict=True):
+            for band, output in zip(images_in.split(rows, dim=1), images_out.split(rows, dim=1), strict=True):
                 if self.window_size:
-                    band = band + self.attn(self.norm1(band), attn_implementation)[0]
-                bands.append((band + self.mlp(self.norm2(band))).flatten(0, 2))
-        return torch.cat(bands).view_as(hidden)
+                    torch.add(band, self.attn(self.norm1(band), attn_implementation)[0], out=output)
+                output += self.mlp(self.norm2(output))
+        return result
 
 
 class ImageEncoderViTNeck(nn.Sequential):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from builders import random_pixels, relative_error, small_model
+from native import sam_twin
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from image_encoder_vit import ImageEncoderViT, ImageEncoderViTModel, cpu_kernel, modeling_image_encoder_vit
 from image_encoder_vit.cpu_inference import INTERFACE, is_watched, openmp_grants_threads, takes_cpu_path
 from image_encoder_vit.cpu_kernel import attention_kernel, kernel_attention
+from image_encoder_vit.runtimes.drop_in import replace_sam_encoder
 
 # torch.backends.mkldnn.flags says so of itself wherever there is no GPU of Intel's.
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN is available for Intel GPUs")
@@ -186,6 +188,21 @@ def test_hooks_see_each_call_once_and_whole(monkeypatch: pytest.MonkeyPatch) -> 
     expected = model(pixels).last_hidden_state
     calls, features = calls_of(model.encoder.blocks, lambda: model(pixels).last_hidden_state)
     assert len(calls) == 4 * 8
+    assert set(map(tuple, calls.values())) == {(2,)}
+    assert relative_error(features, expected) <= BOUND
+
+
+@torch.inference_mode()
+def test_hooks_in_a_model_that_the_drop_in_entered_do_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_image_encoder_vit, "TOKENS_PER_BAND", 24)
+    model, pixels = (
+        nn.ModuleDict({"encoder": sam_twin(small_model(downsample_channels=[]), "sdpa")}),
+        random_pixels(2, 3, 128, 128),
+    )
+    expected = model["encoder"](pixels).last_hidden_state
+    replace_sam_encoder(model)
+    calls, features = calls_of(model["encoder"].layers, lambda: model["encoder"](pixels).last_hidden_state)
+    assert len(calls) == 4 * 9  # with the activation
     assert set(map(tuple, calls.values())) == {(2,)}
     assert relative_error(features, expected) <= BOUND
 
@@ -439,3 +456,17 @@ def test_any_number_of_threads_gives_the_same(threads: int, dtype: torch.dtype) 
     finally:
         torch.set_num_threads(before)
     assert error <= (1e-5 if dtype == torch.float32 else 5e-2)
+
+
+def test_training_compiles_for_one_size_after_another() -> None:
+    def model() -> ImageEncoderViTModel:
+        return small_model(num_hidden_layers=1, global_attn_indexes=[])
+
+    compiled = torch.compile(model(), dynamic=False, backend="aot_eager")
+    for side_px in (64, 96):
+        pixels, plain = random_pixels(1, 3, side_px, side_px), model()
+        for one in (compiled, plain):
+            one.zero_grad()
+            one(pixels).last_hidden_state.square().mean().backward()
+        pairs = zip(compiled.parameters(), plain.parameters(), strict=True)
+        assert max(relative_error(actual.grad, expected.grad) for actual, expected in pairs) <= 1e-4

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
+from ..cpu_inference import is_watched, linear
 from ..modeling_image_encoder_vit import (
     ImageEncoderViTAttention,
     ImageEncoderViTBlock,
@@ -65,16 +66,16 @@ class ReplacedEncoders:
                     f"Modules inside {path!r} were exchanged since, as adapters do: the original would lack them. "
                     "Unload or merge them first."
                 )
-        for path, linear in self.clip_linears.items():
+        for path, layer in self.clip_linears.items():
             now = self.model.get_submodule(path)
-            if type(now) is not ImageEncoderViTLinear or _parameter_ids(now) != _parameter_ids(linear):
+            if type(now) is not ImageEncoderViTLinear or _parameter_ids(now) != _parameter_ids(layer):
                 raise ValueError(
                     f"{path!r} is not the linear layer that was put there, as with adapters: unload or merge them "
                     "first."
                 )
-        for path, linear in self.clip_linears.items():
-            linear.training = self.model.get_submodule(path).training
-            _put(self.model, path, linear)
+        for path, layer in self.clip_linears.items():
+            layer.training = self.model.get_submodule(path).training
+            _put(self.model, path, layer)
         for path, replacement in self.replacements.items():
             modules = dict(replacement.named_modules())
             for name, original in self.originals[path].named_modules():
@@ -151,6 +152,17 @@ class DropInAttention(ImageEncoderViTAttention):
     def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> tuple[Tensor, Tensor | None]:
         attended, weights = super().forward(hidden, attn_implementation)
         return attended, None if weights is None else weights.flatten(0, 1)
+
+
+class DropInMLP(ImageEncoderViTMLP):
+    """An MLP that calls the activation it came with where that is watched."""
+
+    act: Any
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.act, nn.Module) and is_watched(self.act):
+            return linear(self.lin2, self.act(linear(self.lin1, hidden)))
+        return super().forward(hidden)
 
 
 class DropInBlock(ImageEncoderViTBlock):
@@ -236,7 +248,7 @@ def _drop_in_blocks(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         new_attention.window_size = block.window_size
         heads = "num_attention_heads" if hasattr(attention, "num_attention_heads") else "num_heads"
         new_attention.num_heads = getattr(attention, heads)
-        new_mlp = _view(mlp, ImageEncoderViTMLP)
+        new_mlp = _view(mlp, DropInMLP)
         ours = DropInTransformersBlock if hasattr(block, "layer_norm1") else DropInBlock
         yield name, _view(block, _stand_in_class(ours, _class_of(block)), attn=new_attention, mlp=new_mlp)
 
