@@ -40,7 +40,7 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     """Runs one of scripts/ to its end."""
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, env=dict(environment), cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=dict(environment), cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 class Outcome(NamedTuple):

@@ -346,7 +346,7 @@ assert "image_encoder_vit.modeling_image_encoder_vit" not in sys.modules
 """
     environment = client_environment("http://127.0.0.1:9", tmp_path / "home", HF_HUB_OFFLINE="1", PYTHONPATH="")
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
 

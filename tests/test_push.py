@@ -108,7 +108,7 @@ def test_pull_push_pull_is_byte_equal_and_the_card_works(
     code = usage + "\nassert features.shape == (1, 20, 2, 2)\nassert 'image_encoder_vit' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", "import sys\n" + code], env=stranger, cwd=tmp_path, capture_output=True, text=True,
-        timeout=120,
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
