@@ -1,13 +1,12 @@
 """The backbone: its feature maps are the model's, chosen by name or index, and heads of transformers train on them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from builders import random_pixels, randomize, small_model
+from fresh_python import FreshPython
 from small import SMALL
 from transformers import (
     AutoBackbone,
@@ -163,14 +162,9 @@ assert torch.equal(backbone(pixels).feature_maps[1], model(pixels).last_hidden_s
 
 
 @pytest.mark.parametrize("saved_as", [ImageEncoderViTModel, ImageEncoderViTBackbone])
-def test_the_saved_code_makes_a_backbone(saved_as: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.chdir(tmp_path)
+def test_the_saved_code_makes_a_backbone(saved_as: type, run_python: FreshPython, tmp_path: Path) -> None:
     saved_as(small_config()).save_pretrained(tmp_path / "encoder")
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "encoder")], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    run_python(WITHOUT_PACKAGE, str(tmp_path / "encoder"), cache=tmp_path)
 
 
 def assert_trains(model: torch.nn.Module, loss: torch.Tensor, backbone: ImageEncoderViTBackbone, last: str) -> None:

@@ -11,9 +11,10 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.utils import compute_module_sizes
 from builders import DEEP_ENCODER_CODE, random_pixels, relative_error
 from deep import small_deep_encoder
+from fresh_python import FreshPython
 from safetensors.torch import load_file, save_file
 from test_loading import assert_same_weights, edit_weights
-from test_remote_code import PACKAGE, SAMPLE_PAGE, run_python
+from test_remote_code import PACKAGE, SAMPLE_PAGE
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 from image_encoder_vit import (
@@ -118,7 +119,9 @@ def test_pipeline(deep_folder: Path, pool: bool) -> None:
     torch.testing.assert_close(extract(str(SAMPLE_PAGE), pool=pool, return_tensors=True), expected)
 
 
-def test_remote_code_gives_the_same_tokens_without_the_package(deep_folder: Path, tmp_path: Path) -> None:
+def test_remote_code_gives_the_same_tokens_without_the_package(
+    run_python: FreshPython, deep_folder: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "outputs.safetensors"
     run_python(WITHOUT_PACKAGE, str(deep_folder), str(SAMPLE_PAGE), str(output), cache=tmp_path)
     remote = load_file(output)

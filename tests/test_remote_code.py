@@ -2,8 +2,6 @@
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from builders import relative_error
+from fresh_python import FreshPython
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, pipeline
@@ -62,16 +61,9 @@ assert type(processor).__module__.startswith("image_encoder_vit."), type(process
 """
 
 
-def run_python(code: str, *arguments: str, cache: Path) -> None:
-    """Runs code in a fresh interpreter with a fresh module cache, away from this checkout."""
-    environment = os.environ | {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=cache, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def test_remote_code_gives_the_same_outputs_without_the_package(model_folder: str, tmp_path: Path) -> None:
+def test_remote_code_gives_the_same_outputs_without_the_package(
+    run_python: FreshPython, model_folder: str, tmp_path: Path
+) -> None:
     output = tmp_path / "outputs.safetensors"
     run_python(WITHOUT_PACKAGE, model_folder, str(SAMPLE_PAGE), str(output), cache=tmp_path)
     remote = load_file(output)
@@ -99,7 +91,7 @@ def test_remote_code_gives_the_same_outputs_without_the_package(model_folder: st
             assert json.loads((again / name).read_text()) == json.loads((Path(model_folder) / name).read_text()), name
 
 
-def test_installed_code_wins_over_remote_code(model_folder: str, tmp_path: Path) -> None:
+def test_installed_code_wins_over_remote_code(run_python: FreshPython, model_folder: str, tmp_path: Path) -> None:
     run_python(WITH_PACKAGE_AND_TRUST, model_folder, cache=tmp_path)
 
 
@@ -137,7 +129,7 @@ def test_modules_follow_the_rules_of_remote_code(model_folder: str) -> None:
                 assert all(alias.name.split(".")[0] in allowed for alias in node.names), module.name
 
 
-def test_importing_the_package_changes_no_global_state() -> None:
+def test_importing_the_package_changes_no_global_state(run_python: FreshPython, tmp_path: Path) -> None:
     # What transformers changes when it is imported is not ours.
     code = """
 import logging, warnings
@@ -153,4 +145,4 @@ before = state()
 import image_encoder_vit
 assert state() == before
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python(code, cache=tmp_path)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from builders import relative_error, small_model
+from fresh_python import FreshPython
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_remote_code import run_python
 from transformers import pipeline
 
 from image_encoder_vit import FeatureMap, ImageEncoderViTImageProcessorPil, stitch_tiles
@@ -216,7 +216,7 @@ assert maps.local_map.pixel_to_cell(1753, 1239) == (2, 1)
 """
 
 
-def test_remote_code_has_tiles_too(tmp_path: Path) -> None:
+def test_remote_code_has_tiles_too(run_python: FreshPython, tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path / "model")
     ImageEncoderViTImageProcessorPil.from_preset("gundam").save_pretrained(tmp_path / "model")
     page = Path(__file__).parent.parent / "samples" / "page.png"
