@@ -38,7 +38,7 @@ check: lint test
 dist: $(VENV)/.installed
 	$(VENV)/bin/python scripts/build_dist.py dist
 
-# The oldest supported versions; torch of that age comes with CUDA libraries, several GB.
+# The oldest supported versions.
 test-oldest: $(VENV_OLDEST)/.installed
 	$(VENV_OLDEST)/bin/python -m pytest
 
@@ -64,7 +64,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL)
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt $(KERNEL)
 	$(PYTHON) -m venv --clear $(VENV_OLDEST)
-	$(VENV_OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[test,corpora]"
+	$(VENV_OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
 $(VENV_NEWEST)/.installed: pyproject.toml constraints-newest.txt $(KERNEL)
@@ -84,4 +84,4 @@ $(NODE)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(NODE) $(VENV) $(VENV_OLDEST) $(VENV_TORCHVISION) .suites_cache dist out
+	rm -rf $(NODE) $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_TORCHVISION) .suites_cache dist out
