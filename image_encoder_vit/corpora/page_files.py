@@ -4,6 +4,7 @@ Files that hold pages, as bytes: what they are by their content, how many pages 
 Pages are reached directly, not by way of those before them; one that cannot be read hides no other.
 """
 
+import atexit
 import hashlib
 import re
 from functools import cached_property
@@ -109,6 +110,7 @@ class PageFile:
     def close(self) -> None:
         """Lets go of what is open."""
         if document := self.__dict__.pop("_document", None):
+            atexit.unregister(self.close)
             document.close()
 
     @cached_property
@@ -119,6 +121,7 @@ class PageFile:
     def _document(self) -> Any:
         document = open_pdf(self.data)
         document.init_forms()
+        atexit.register(self.close)  # Before pypdfium2's own, which writes a line for each that is open.
         return document
 
     def _rendered(self, frame: int, dpi: float) -> Image.Image:
