@@ -1,4 +1,4 @@
-"""Times the encoder side by side with other implementations of it, on the same random weights and the same pixels.
+"""Times the encoder, or the whole DeepEncoder, side by side with other implementations, on the same weights and pixels.
 
 Every contender must agree with transformers' class first; one that does not, or that fails, gets a reason in place of
 its numbers, and the status is 1. Rounds are interleaved, so that all contenders see the same machine; the ratio is the
@@ -29,18 +29,29 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import ImageEncoderViT, ImageEncoderViTConfig, ImageEncoderViTModel
+from .. import (
+    DeepEncoder,
+    DeepEncoderConfig,
+    DeepEncoderModel,
+    ImageEncoderViT,
+    ImageEncoderViTConfig,
+    ImageEncoderViTModel,
+)
 from ..attention import resize_pos_embed, resize_rel_pos
+from ..runtimes.drop_in import replace_sam_encoder
 from ..runtimes.fixed_size import FixedSizeEncoder, export_program, without_exporters_warnings
 from ..runtimes.openvino import compile_for_openvino
 from ..storage.atomic_file import atomic_file
 from ..support.text import message_of
 from ..weights.naming import TRANSFORMERS
+from ..weights.native_folder import native_config
 from .frame import run_command
 from .options import command_parser
 
 BASELINE = "transformers sdpa"
 OURS = "image-encoder-vit"
+DROP_IN = "transformers with drop-in"
+ENCODER, DEEP_ENCODER = MODELS = ("encoder", "deep-encoder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = ("float32", "bfloat16")
 # Small images, and the batches that take about as long as one of 1024 x 1024 px: (px, batch).
@@ -56,12 +67,13 @@ Run = Callable[[Tensor], Tensor]
 
 
 class Case(NamedTuple):
-    """One row of the table: an image size in px, a batch and a precision."""
+    """One row of the table: an image size in px, a batch, a precision, and which of `MODELS`."""
 
     height_px: int
     width_px: int
     batch: int
     dtype: str
+    model: str = ENCODER
 
     @property
     def pixels(self) -> Tensor:
@@ -70,7 +82,12 @@ class Case(NamedTuple):
         return pixels.to(DTYPES[self.dtype])
 
     def __str__(self) -> str:
-        return f"{self.height_px} x {self.width_px} px, batch {self.batch}, {self.dtype}"
+        model = "" if self.model == ENCODER else f"{self.model}, "
+        return f"{model}{self.height_px} x {self.width_px} px, batch {self.batch}, {self.dtype}"
+
+    @property
+    def contenders(self) -> "dict[str, Callable[[Case, Path | None], Run]]":
+        return CONTENDERS if self.model == ENCODER else DEEP_CONTENDERS
 
 
 class Result(NamedTuple):
@@ -117,7 +134,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["1024x1024"], metavar="HxW", help="image sizes in px")
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DEFAULT_DTYPES])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
-    parser.add_argument("--contenders", nargs="+", choices=[*CONTENDERS], default=[BASELINE, OURS])
+    parser.add_argument("--model", choices=MODELS, default=ENCODER, help="what is timed; default: encoder")
+    parser.add_argument("--contenders", nargs="+", choices=[*CONTENDERS, DROP_IN], default=[BASELINE, OURS])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--grid", action="store_true", help="small images in batches, in place of --sizes, --batches")
@@ -127,13 +145,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory unmeasured")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="draw the medians there (needs matplotlib)")
-    parser.add_argument("--measure-memory", choices=[*CONTENDERS], help=argparse.SUPPRESS)
+    parser.add_argument("--measure-memory", choices=[*CONTENDERS, DROP_IN], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     sizes = [[int(side) for side in size.split("x")] for size in arguments.sizes]
     cases = [(height, width, batch) for height, width in sizes for batch in arguments.batches]
     if arguments.grid:
         cases = [(side, side, batch) for side, batch in GRID]
-    arguments.cases = [Case(*case, dtype) for case in cases for dtype in arguments.dtypes]
+    arguments.cases = [Case(*case, dtype, arguments.model) for case in cases for dtype in arguments.dtypes]
     arguments.memory &= not arguments.grid
     return arguments
 
@@ -153,15 +171,28 @@ def random_encoder(dtype: str) -> ImageEncoderViTModel:
     """The full-size model with seeded weights, none of them zero, positions as large as a trained model's."""
     torch.manual_seed(SEED)
     model = ImageEncoderViTModel(ImageEncoderViTConfig()).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "pos" not in name:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            elif "pos" in name:
-                parameter.normal_(std=0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    fill(model)
     return model.to(DTYPES[dtype])
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Gives every parameter a random value of a trained model's size."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "pos" not in name:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        elif "pos" in name:
+            parameter.normal_(std=0.5)
+        else:
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+
+
+def random_deep_encoder() -> DeepEncoderModel:
+    """The full-size DeepEncoder in float32, likewise."""
+    torch.manual_seed(SEED)
+    model = DeepEncoderModel(DeepEncoderConfig()).eval()
+    fill(model)
+    return model
 
 
 def build_transformers(case: Case, attn_implementation: str) -> "FirstOutput":
@@ -341,6 +372,70 @@ CONTENDERS: dict[str, Callable[[Case, Path | None], Run]] = {
 }
 
 
+class Cells(nn.Module):
+    """A whole vision model as a module from pixels to the projected cells (B, h * w, 1280): ours, or transformers'."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if isinstance(self.model, DeepEncoderModel):
+            return self.model(pixel_values).last_hidden_state.flatten(2).transpose(1, 2)
+        return self.model.multi_modal_projector(self.model.vision_tower(pixel_values).last_hidden_state)
+
+
+def build_native_deep_encoder(case: Case) -> Any:
+    """Unlimited-OCR of transformers without its decoder, with the weights of `random_deep_encoder`."""
+    ours = random_deep_encoder()
+    module = importlib.import_module("transformers.models.unlimited_ocr")
+    config = module.UnlimitedOcrConfig(**native_config(ours.config))
+    native = module.UnlimitedOcrModel._from_config(config, attn_implementation="sdpa").eval()
+    parts = {
+        native.vision_tower.sam_encoder: {
+            TRANSFORMERS.from_published(n): w for n, w in ours.sam_model.state_dict().items()
+        },
+        native.vision_tower.vision_encoder: dict(split_queries_keys_and_values(ours.vision_model.state_dict())),
+        native.multi_modal_projector: ours.projector.layers.state_dict(),
+    }
+    for part, weights in parts.items():
+        part.load_state_dict(weights)
+    return native.to(DTYPES[case.dtype])
+
+
+def split_queries_keys_and_values(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """CLIP's weights by the names that transformers has in memory."""
+    for name, weight in weights.items():
+        native = name.replace("transformer.", "encoder.")
+        if ".qkv_proj." not in native:
+            yield native, weight
+            continue
+        for part, rows in zip("qkv", weight.chunk(3), strict=True):
+            yield native.replace("qkv_proj", f"{part}_proj"), rows
+
+
+def run_deep_transformers(case: Case, deepseek_file: Path | None) -> Run:
+    return Cells(build_native_deep_encoder(case))
+
+
+def run_deep_drop_in(case: Case, deepseek_file: Path | None) -> Run:
+    """The same with this package's blocks and linear layers put in."""
+    native = build_native_deep_encoder(case)
+    replace_sam_encoder(native)
+    return Cells(native)
+
+
+def run_deep_ours(case: Case, deepseek_file: Path | None) -> Run:
+    return Cells(random_deep_encoder().to(DTYPES[case.dtype]))
+
+
+DEEP_CONTENDERS: dict[str, Callable[[Case, Path | None], Run]] = {
+    BASELINE: run_deep_transformers,
+    DROP_IN: run_deep_drop_in,
+    OURS: run_deep_ours,
+}
+
+
 @torch.inference_mode()
 def benchmark(case: Case, arguments: argparse.Namespace) -> tuple[list[Result], dict[str, str]]:
     """Results of the contenders that agree with the baseline; the reasons of those that cannot be timed."""
@@ -350,10 +445,14 @@ def benchmark(case: Case, arguments: argparse.Namespace) -> tuple[list[Result], 
     refused: dict[str, str] = {}
     exact = None
     for name in names:
+        if name not in case.contenders:
+            print(f"  {name}: not available: it is none of {case.model}")
+            continue
         try:
             if exact is None:
-                exact = build_transformers(case._replace(dtype="float32"), "sdpa")(case.pixels.to(torch.float32))
-            run = CONTENDERS[name](case, arguments.deepseek_file)
+                in_float32 = case._replace(dtype="float32")
+                exact = case.contenders[BASELINE](in_float32, None)(case.pixels.to(torch.float32))
+            run = case.contenders[name](case, arguments.deepseek_file)
             errors[name] = relative_error(run(case.pixels), exact)
         except Exception as error:  # Whatever a peer's code raises costs its own row only.
             refused[name] = reason_of(error)
@@ -421,7 +520,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def count_gflop(case: Case) -> float:
     """What one forward pass must compute: projections of real tokens only, attention of whole windows."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        ImageEncoderViT()(torch.empty(case.batch, 3, case.height_px, case.width_px), attn_implementation="eager")
+        model = ImageEncoderViT() if case.model == ENCODER else DeepEncoder()
+        model(torch.empty(case.batch, 3, case.height_px, case.width_px), attn_implementation="eager")
     return counter.get_total_flops() / 1e9
 
 
@@ -451,6 +551,8 @@ def memory_of(name: str, case: Case, arguments: argparse.Namespace) -> float | N
         name,
         "--threads",
         str(arguments.threads),
+        "--model",
+        case.model,
     ]
     command += ["--sizes", f"{case.height_px}x{case.width_px}", "--batches", str(case.batch), "--dtypes", case.dtype]
     if arguments.deepseek_file:
@@ -461,7 +563,7 @@ def memory_of(name: str, case: Case, arguments: argparse.Namespace) -> float | N
 
 @torch.inference_mode()
 def measure_memory(name: str, case: Case, deepseek_file: Path | None) -> float:
-    run = CONTENDERS[name](case, deepseek_file)
+    run = case.contenders[name](case, deepseek_file)
     pixels = case.pixels
     # A small image first, where the size is free: libraries allocate on first use.
     if not name.startswith(("openvino", "onnxruntime", "segment-anything", "timm")):
