@@ -7,7 +7,7 @@ from transformers.utils import is_torchvision_available
 
 from .configuration_deep_encoder import DeepEncoderConfig
 from .configuration_image_encoder_vit import ImageEncoderViTConfig
-from .feature_maps import FeatureMap, ImageFeatureMaps, stitch_tiles
+from .feature_maps import FeatureMap, ImageFeatureMaps, cell_vectors, stitch_tiles
 from .image_geometry import cell_to_pixels
 from .image_processing_image_encoder_vit import ImageEncoderViTImageProcessor, ImageEncoderViTImageProcessorPil
 from .modeling_deep_encoder import DeepEncoder, DeepEncoderModel, DeepEncoderModelOutput
@@ -58,5 +58,6 @@ __all__ = [
     "ImageFeatureMaps",
     "__version__",
     "cell_to_pixels",
+    "cell_vectors",
     "stitch_tiles",
 ]

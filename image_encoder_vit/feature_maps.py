@@ -5,11 +5,14 @@ Letters in shapes: B images, N tiles of all of them, C channels, h and w cells.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from .image_geometry import ImagePlace, Size, cell_edges, place_of, tile_cell_edges
 
@@ -164,4 +167,16 @@ def batch_feature_maps(outputs: Any, inputs: Any, stride: int) -> list[ImageFeat
             tile_size=tile_size,
         )
         for index, (image_features, local_features, grid) in enumerate(zip(features, local_maps, grids, strict=True))
+    ]
+
+
+def cell_vectors(maps: Iterable[ImageFeatureMaps]) -> list[Tensor]:
+    """
+    The cells of each image as unit vectors (n, C): those of its tiles, then those of the whole view, row by row, none
+    of padding. The form that late interaction takes: the score of a page is the mean, over the vectors of a query, of
+    the largest product with a vector of the page.
+    """
+    return [
+        normalize(torch.cat([cells.features.flatten(1).T for cells in (local, whole) if cells is not None]), dim=1)
+        for whole, local in maps
     ]

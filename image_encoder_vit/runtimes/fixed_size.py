@@ -36,6 +36,8 @@ class FixedSizeEncoder(nn.Module):
         ValueError: If the patch size does not divide the size.
     """
 
+    output_names = OUTPUT_NAMES
+
     def __init__(self, model: ImageEncoderViTModel | ImageEncoderViT, size: tuple[int, int], chunked: bool) -> None:
         super().__init__()
         encoder = model if isinstance(model, ImageEncoderViT) else model.encoder
@@ -53,7 +55,7 @@ class FixedSizeEncoder(nn.Module):
         return features, features.mean(dim=(2, 3)), features.flatten(2).transpose(1, 2)
 
 
-def check_convertible(encoder: ImageEncoderViT) -> None:
+def check_convertible(encoder: nn.Module) -> None:
     """
     Checks that the weights are plain numbers in memory.
 
@@ -83,8 +85,8 @@ def at_size(encoder: ImageEncoderViT, grid: tuple[int, int]) -> ImageEncoderViT:
     return result
 
 
-def export_program(encoder: FixedSizeEncoder) -> ExportedProgram:
-    """The graph of torch.export, of any batch from 1."""
+def export_program(encoder: Any) -> ExportedProgram:
+    """The graph of torch.export of a `FixedSizeEncoder`, or of a whole DeepEncoder's, of any batch from 1."""
     pixels = torch.zeros(EXAMPLE_BATCH, encoder.encoder.in_chans, *encoder.size)
     batch = Dim("batch", min=1)
     with torch.no_grad(), without_exporters_warnings():

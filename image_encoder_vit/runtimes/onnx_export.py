@@ -4,7 +4,8 @@ with the PyTorch model in ONNX Runtime, and only then put in its place. Weights 
 second one beside it, "NAME.onnx.data".
 
 Input `pixel_values` (batch, 3, height, width); outputs `last_hidden_state`, `pooler_output`, `patch_embeds` as in
-`ImageEncoderViTModelOutput`. All in float32. The position tables are resized for the size and stored.
+`ImageEncoderViTModelOutput`; of a whole DeepEncoder also `vision_tokens` (batch, n, 1280) of the whole view. All in
+float32. The position tables are resized for the size and stored.
 """
 
 import json
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling_deep_encoder import DeepEncoderModel
 from ..modeling_image_encoder_vit import ImageEncoderViTModel
 from ..storage.atomic_file import sync
 from ..storage.output_folder import discard, unfinished_path
 from ..support import import_extra
-from .fixed_size import EXAMPLE_BATCH, OUTPUT_NAMES, FixedSizeEncoder, export_program, without_exporters_warnings
+from .fixed_size import EXAMPLE_BATCH, FixedSizeEncoder, export_program, without_exporters_warnings
+from .fixed_size_deep import FixedSizeDeepEncoder, fixed_size_of
 
 OPSET = 20
 MAX_RELATIVE_ERROR = 1e-4
@@ -30,7 +33,10 @@ SEED = 0
 
 
 def export_onnx(
-    model: ImageEncoderViTModel, output_file: str | Path, size: tuple[int, int], source: dict[str, Any] | None = None
+    model: ImageEncoderViTModel | DeepEncoderModel,
+    output_file: str | Path,
+    size: tuple[int, int],
+    source: dict[str, Any] | None = None,
 ) -> float:
     """
     Writes the model for images of `size` = (height, width) in px to `output_file`, weights included, and returns the
@@ -53,7 +59,7 @@ def export_onnx(
             raise FileExistsError(f"{str(path)!r} exists already: remove it, or choose another name.")
     for name in ("onnx", "onnxscript", "onnxruntime"):
         import_extra(name, "export")
-    encoder = FixedSizeEncoder(model, size, chunked=True)
+    encoder = fixed_size_of(model, size, chunked=True)
     graph = to_onnx(encoder)
     graph.metadata_props.update(metadata(model, size, source))
     folder = unfinished_path(output)
@@ -93,7 +99,7 @@ def data_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.data")
 
 
-def to_onnx(encoder: FixedSizeEncoder) -> Any:
+def to_onnx(encoder: FixedSizeEncoder | FixedSizeDeepEncoder) -> Any:
     """The encoder as an onnx_ir.Model."""
     with without_exporters_warnings():
         program = torch.onnx.export(
@@ -101,14 +107,16 @@ def to_onnx(encoder: FixedSizeEncoder) -> Any:
             dynamo=True,
             opset_version=OPSET,
             input_names=["pixel_values"],
-            output_names=list(OUTPUT_NAMES),
+            output_names=list(encoder.output_names),
             verbose=False,
         )
     assert program is not None
     return program.model
 
 
-def metadata(model: ImageEncoderViTModel, size: tuple[int, int], source: dict[str, Any] | None) -> dict[str, str]:
+def metadata(
+    model: ImageEncoderViTModel | DeepEncoderModel, size: tuple[int, int], source: dict[str, Any] | None
+) -> dict[str, str]:
     """Configuration, size and source, as they are written into the file."""
     return {
         "config": model.config.to_json_string(use_diff=False),
@@ -129,7 +137,9 @@ def save(graph: Any, path: Path) -> None:
     )
 
 
-def largest_error(path: Path, encoder: FixedSizeEncoder, model: ImageEncoderViTModel) -> float:
+def largest_error(
+    path: Path, encoder: FixedSizeEncoder | FixedSizeDeepEncoder, model: ImageEncoderViTModel | DeepEncoderModel
+) -> float:
     """The largest relative error of ONNX Runtime's outputs for random images, over `CHECKED_BATCHES`."""
     onnxruntime = import_extra("onnxruntime", "export")
     options = onnxruntime.SessionOptions()
@@ -141,17 +151,23 @@ def largest_error(path: Path, encoder: FixedSizeEncoder, model: ImageEncoderViTM
         pixels = torch.rand(batch, encoder.encoder.in_chans, *encoder.size, generator=generator) * 2 - 1
         with torch.inference_mode():
             expected = expected_outputs(model, encoder, pixels)
-        actual = session.run(list(OUTPUT_NAMES), {"pixel_values": pixels.numpy()})
+        actual = session.run(list(encoder.output_names), {"pixel_values": pixels.numpy()})
         errors += [relative_error(torch.from_numpy(a), e) for a, e in zip(actual, expected, strict=True)]
     return max(errors)
 
 
-def expected_outputs(model: ImageEncoderViTModel, encoder: FixedSizeEncoder, pixels: Tensor) -> tuple[Tensor, ...]:
+def expected_outputs(
+    model: ImageEncoderViTModel | DeepEncoderModel, encoder: FixedSizeEncoder | FixedSizeDeepEncoder, pixels: Tensor
+) -> tuple[Tensor, ...]:
     """What the model itself gives; the float32 copy of its weights where they are in another precision."""
     if model.dtype != torch.float32 or model.device.type != "cpu":
         return encoder(pixels)
     outputs = model(pixels)
-    return tuple(outputs[name] for name in OUTPUT_NAMES)
+    # A DeepEncoder has one sequence of tokens for each image.
+    return tuple(
+        torch.stack(outputs[name]) if isinstance(outputs[name], tuple) else outputs[name]
+        for name in encoder.output_names
+    )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

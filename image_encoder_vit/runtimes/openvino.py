@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from ..modeling_deep_encoder import DeepEncoderModel, DeepEncoderModelOutput
 from ..modeling_image_encoder_vit import (
     ImageEncoderViTModel,
     ImageEncoderViTModelOutput,
@@ -19,13 +20,18 @@ from ..modeling_image_encoder_vit import (
     mean_over_cells,
 )
 from ..support import import_extra
-from .fixed_size import FixedSizeEncoder, check_convertible, export_program, without_exporters_warnings
+from .fixed_size import check_convertible, export_program, without_exporters_warnings
+from .fixed_size_deep import fixed_size_of
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 
 def openvino_encoder(
-    model: ImageEncoderViTModel, precision: str = "fp32", *, threads: int | None = None, max_compiled: int = 4
+    model: ImageEncoderViTModel | DeepEncoderModel,
+    precision: str = "fp32",
+    *,
+    threads: int | None = None,
+    max_compiled: int = 4,
 ) -> "OpenVINOEncoder":
     """
     An encoder that is called as `model` is, and computes in OpenVINO on the CPU.
@@ -35,7 +41,8 @@ def openvino_encoder(
     afterwards.
 
     Args:
-        model: With float weights in memory, in any dtype.
+        model: An encoder, or a whole DeepEncoder, which computes whole views here and no tiles; with float weights in
+            memory, in any dtype.
         precision: "fp32", or "bf16" where the CPU has it: faster, with the error of a bfloat16 model.
         threads: Of OpenVINO; PyTorch's number by default.
         max_compiled: Shapes that are held compiled.
@@ -50,14 +57,16 @@ def openvino_encoder(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     import_extra("openvino", "export")
-    check_convertible(model.encoder)
+    check_convertible(model)
     return OpenVINOEncoder(model, precision, threads or torch.get_num_threads(), max_compiled)
 
 
 class OpenVINOEncoder:
     """What `openvino_encoder` returns."""
 
-    def __init__(self, model: ImageEncoderViTModel, precision: str, threads: int, max_compiled: int) -> None:
+    def __init__(
+        self, model: ImageEncoderViTModel | DeepEncoderModel, precision: str, threads: int, max_compiled: int
+    ) -> None:
         self.model = model
         self.config = model.config
         self.precision = precision
@@ -66,7 +75,7 @@ class OpenVINOEncoder:
 
     def __call__(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any
-    ) -> ImageEncoderViTModelOutput:
+    ) -> ImageEncoderViTModelOutput | DeepEncoderModelOutput:
         """
         Encodes a batch of images; arguments, errors and outputs are those of `ImageEncoderViTModel.forward`, in float32
         and without gradients. The image processor's other outputs are accepted and not used.
@@ -74,6 +83,8 @@ class OpenVINOEncoder:
         Raises:
             ValueError: As the model does, and if hidden states or attentions are asked for.
         """
+        if isinstance(self.model, DeepEncoderModel) and kwargs.get("pixel_values_local") is not None:
+            raise ValueError("Tiles need the PyTorch model: OpenVINO computes the whole view of a DeepEncoder.")
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
                 raise ValueError(f"{name}=True needs the PyTorch model: OpenVINO computes the features alone.")
@@ -81,14 +92,22 @@ class OpenVINOEncoder:
         check_pixel_values(pixel_values, encoder.in_chans, encoder.patch_size)
         pixels = pixel_values.detach().to("cpu", torch.float32).contiguous()
         outputs = self._compiled_for(tuple(pixels.shape))([pixels.numpy()])
-        features, pooled, tokens = (torch.from_numpy(outputs[index]) for index in range(3))
+        features, pooled, tokens, *sequences = (torch.from_numpy(outputs[index]) for index in range(len(outputs)))
         if pixel_mask is not None:
             pooled = mean_over_cells(features, pixels, pixel_mask, encoder.stride)
+        if sequences:
+            return DeepEncoderModelOutput(
+                last_hidden_state=features,
+                pooler_output=pooled,
+                patch_embeds=tokens,
+                vision_tokens=tuple(sequences[0]),
+                sam_feature_map=tokens.transpose(1, 2).unflatten(2, features.shape[2:]),
+            )
         return ImageEncoderViTModelOutput(last_hidden_state=features, pooler_output=pooled, patch_embeds=tokens)
 
     def _compile(self, shape: tuple[int, ...]) -> Any:
         # OpenVINO runs attention with a whole bias faster than in chunks.
-        program = export_program(FixedSizeEncoder(self.model, (shape[2], shape[3]), chunked=False))
+        program = export_program(fixed_size_of(self.model, (shape[2], shape[3]), chunked=False))
         return compile_for_openvino(program, shape, self.precision, self.threads)
 
 
