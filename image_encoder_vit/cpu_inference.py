@@ -96,10 +96,12 @@ def linear(layer: nn.Module, input: Tensor, gelu: bool = False) -> Tensor:
 def fits_cpu_linear(layer: nn.Linear, input: Tensor) -> bool:
     """Whether `cpu_linear` may compute a linear layer, and has the better arithmetic for it."""
     parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-    is_better = runs_in_float32(input.dtype) or (
+    # The path first: an exported graph would be bound to the batches on one side of the comparison of sizes.
+    if input.dtype != layer.weight.dtype or not takes_cpu_path(input, *parameters):
+        return False
+    return runs_in_float32(input.dtype) or (
         input.numel() >= MIN_TOKENS_IN_ONEDNN * layer.in_features and has_onednn_linear(input.dtype)
     )
-    return is_better and input.dtype == layer.weight.dtype and takes_cpu_path(input, *parameters)
 
 
 def convolve(layer: nn.Module, input: Tensor) -> Tensor:

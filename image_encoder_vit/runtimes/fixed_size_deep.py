@@ -6,7 +6,6 @@ Letters in shapes: B images, h and w the grid of the view in cells, C the width 
 """
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +31,17 @@ class FixedSizeDeepEncoder(nn.Module):
         super().__init__()
         check_convertible(model)
         self.size = size
-        self.encoder = FixedSizeEncoder(model.sam_model, size, chunked).encoder
+        sam = FixedSizeEncoder(model.sam_model, size, chunked)
+        self.encoder, self.attn_implementation = sam.encoder, sam.attn_implementation
         stride = model.sam_model.stride
         grid = -(-size[0] // stride), -(-size[1] // stride)
         in_float32 = {
             id(parameter): nn.Parameter(parameter.detach().to("cpu", torch.float32), requires_grad=False)
             for parameter in model.parameters()
         }
-        self.vision_model: Any = copy.deepcopy(model.vision_model, memo=dict(in_float32))
-        self.vision_model.embeddings = FixedSizeClipEmbeddings(self.vision_model.embeddings, grid)
+        self.vision_model = copy.deepcopy(model.vision_model, memo=dict(in_float32))
+        embeddings = FixedSizeClipEmbeddings(self.vision_model.embeddings, grid)
+        self.vision_model.add_module("embeddings", embeddings)
         self.projector = copy.deepcopy(model.projector, memo=dict(in_float32))
         self.image_newline = in_float32[id(model.image_newline)]
         self.view_seperator = in_float32[id(model.view_seperator)]
@@ -51,7 +52,7 @@ class FixedSizeDeepEncoder(nn.Module):
         Pixels (B, 3, *size) to the projected cells (B, D, h, w), their mean (B, D), SAM's cells as tokens
         (B, h * w, C), and the vision tokens (B, h * (w + 1) + 1, D).
         """
-        sam_map = self.encoder(pixel_values)
+        sam_map = self.encoder(pixel_values, attn_implementation=self.attn_implementation)
         sam_tokens = sam_map.flatten(2).transpose(1, 2)
         clip_tokens = self.vision_model(sam_map)
         projected = self.projector(torch.cat((clip_tokens[:, 1:], sam_tokens), dim=2))  # (B, h * w, D)
