@@ -31,8 +31,8 @@ NOT_RUN = re.compile(r"^(pull (?!\S*path/to|weights/|\./)|push (?!.*(--dry-run|-
 FORM = re.compile(r"(^|[\s=])[A-Z][A-Z_]{2,}(\.\.\.)?(?=$|\s)")
 
 
-def prepare(folder: Path) -> None:
-    """A reader's folder: samples, small models where pages name trained ones, scans and images in classes."""
+def prepare(folder: Path, *, with_features: bool) -> None:
+    """A reader's folder: samples, small models where pages name trained ones, scans, images in classes, features."""
     shutil.copytree(ROOT / "samples", folder / "samples")
     for name in ("path/to/encoder", "weights/deepseek-ocr"):
         small_model().save_pretrained(folder / name)
@@ -45,9 +45,9 @@ def prepare(folder: Path) -> None:
         (folder / "images" / kind).mkdir(parents=True)
         for number in range(2):
             page.rotate(5 * number).save(folder / "images" / kind / f"{number}.png")
-    features = str(folder / "path/to/features")
-    checkpoint = str(folder / "path/to/encoder")
-    run_command(["extract", "samples", "--checkpoint", checkpoint, "--output", features, "--device", "cpu"], folder)
+    if with_features:
+        options = ["--checkpoint", "path/to/encoder", "--output", "path/to/features", "--device", "cpu"]
+        run_command(["extract", "samples", *options], folder)
 
 
 def run_command(arguments: list[str], folder: Path) -> None:
@@ -98,7 +98,7 @@ def run_page(page: Path, folder: Path) -> tuple[int, int]:
 def main(scratch: Path, pages: list[Path]) -> None:
     prepared = scratch / "prepared"
     prepared.mkdir()
-    prepare(prepared)
+    prepare(prepared, with_features=any("path/to/features" in page.read_text(encoding="utf-8") for page in pages))
     for page in pages:
         folder = scratch / page.stem
         shutil.copytree(prepared, folder)
