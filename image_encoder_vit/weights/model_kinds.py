@@ -101,6 +101,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         ValueError: If it describes no model of this package.
         OSError: If there is no config.json that can be read.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
     model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
     classes = {kind.model.config_class.model_type: kind.model.config_class for kind in MODEL_KINDS}
     if model_type not in classes:
