@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from .cpu_inference import chunked_attention, runs_in_float32, takes_cpu_path
 from .cpu_kernel import has_attention_kernel, kernel_attention
+from .recomputation import is_trained, recomputed_attention
 
 # A bias of B x N x Q x K values is built for this many values at a time: 64 MB in float32.
 MAX_BIAS_VALUES = 1 << 24
@@ -124,11 +125,14 @@ def sdpa_attention(
 ) -> Tensor:
     """
     The same through PyTorch's scaled_dot_product_attention, `queries_per_chunk` at a time, so that no more of the bias
-    exists at once. Shapes as in `eager_attention`; returns (B, N, Q, D).
+    exists at once; in training through `recomputed_attention`, since PyTorch would keep all of it. Shapes as in
+    `eager_attention`; returns (B, N, Q, D).
     """
     if relative is None:
         return F.scaled_dot_product_attention(query, key, value)
     rel_h, rel_w = relative
+    if is_trained(query, key, value, rel_h, rel_w):
+        return recomputed_attention(query, key, value, rel_h, rel_w)
     chunks = [slice(start, start + queries_per_chunk) for start in range(0, query.shape[2], queries_per_chunk)]
     attended = [
         F.scaled_dot_product_attention(

@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from .recomputation import fits_trained_linear, trained_linear
+
 # Of the operators here and of the kernel's library, in their names: copies of this code that were saved beside weights
 # may be loaded in the same process, and share neither with another version.
 INTERFACE = 2
@@ -88,6 +90,9 @@ def linear(layer: nn.Module, input: Tensor, gelu: bool = False) -> Tensor:
     """`layer` of `input` (..., C), a linear layer or what stands for one; then, if `gelu`, the exact (erf) GELU."""
     if is_plain_linear(layer) and fits_cpu_linear(layer, input):
         return cpu_linear(input, layer.weight, layer.bias, gelu)
+    if is_plain_linear(layer) and fits_trained_linear(input, layer.weight):
+        output = trained_linear(input, layer.weight, layer.bias)
+        return F.gelu(output) if gelu else output
     warn_where_openmp_breaks(input)
     output = layer(input)
     return F.gelu(output) if gelu else output

@@ -32,10 +32,12 @@ from .cpu_inference import (
     cpu_linear,
     fits_cpu_linear,
     is_hooked,
+    is_plain_linear,
     linear,
     takes_cpu_path,
 )
 from .feature_maps import checked_tile_grids, stitch_tiles
+from .recomputation import gelu_linear, is_trained
 
 logger = logging.get_logger(__name__)
 
@@ -119,7 +121,13 @@ class ImageEncoderViTMLP(nn.Module):
         self.lin2 = nn.Linear(mlp_dim, embed_dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self._keeps_no_gelu(hidden):
+            return gelu_linear(linear(self.lin1, hidden), self.lin2.weight, self.lin2.bias)
         return linear(self.lin2, linear(self.lin1, hidden, gelu=True))
+
+    def _keeps_no_gelu(self, hidden: Tensor) -> bool:
+        is_plain = is_plain_linear(self.lin2) and type(self.lin2.weight) is nn.Parameter
+        return is_plain and is_trained(hidden, *self.parameters())
 
 
 class ImageEncoderViTBlock(GradientCheckpointingLayer):

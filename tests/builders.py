@@ -18,6 +18,7 @@ REMOTE_CODE = {
     "image_processing_image_encoder_vit.py",
     "image_reading.py",
     "modeling_image_encoder_vit.py",
+    "recomputation.py",
 }
 DEEP_ENCODER_CODE = REMOTE_CODE | {"configuration_deep_encoder.py", "modeling_deep_encoder.py"}
 

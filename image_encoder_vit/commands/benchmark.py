@@ -45,6 +45,7 @@ from ..storage.atomic_file import atomic_file
 from ..support.text import message_of
 from ..weights.naming import TRANSFORMERS
 from ..weights.native_folder import native_config
+from .benchmark_training import compare_training, measure_step
 from .frame import run_command
 from .options import command_parser
 
@@ -60,6 +61,7 @@ FLOAT32_BOUND = 1e-5  # relative error against the baseline
 BFLOAT16_FACTOR = 1.15  # error of a low precision against float32, over the baseline's
 GEMM_SHAPE = (4096, 768, 3072)  # lin1 at 1024 x 1024 px
 SEED = 0
+MODULE = "image_encoder_vit.commands.benchmark"  # To be started again, for a measure in a process of its own.
 # A short pause lets the threads of one runtime stop spinning before another one's are timed.
 PAUSE_S = 0.05
 
@@ -112,9 +114,16 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.measure_memory:
         print(measure_memory(arguments.measure_memory, arguments.cases[0], arguments.deepseek_file))
         return 0
+    if arguments.measure_training:
+        contender, is_checkpointed = json.loads(arguments.measure_training)
+        step = measure_step(TRAINED[contender], is_checkpointed, arguments.cases[0])
+        print(json.dumps(step))
+        return 0
     print(describe_machine(), flush=True)
     report: dict[str, Any] = {"machine": describe_machine(), "cases": []}
-    for case in arguments.cases:
+    if arguments.train:
+        report["cases"] = compare_training(arguments.cases, TRAINED, arguments.rounds, arguments.threads, MODULE)
+    for case in () if arguments.train else arguments.cases:
         print(f"\n{case}", flush=True)
         results, refused = benchmark(case, arguments)
         print_table(results, refused)
@@ -145,6 +154,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory unmeasured")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="draw the medians there (needs matplotlib)")
+    parser.add_argument("--train", action="store_true", help="memory and time of a training step beside transformers'")
+    parser.add_argument("--measure-training", help=argparse.SUPPRESS)
     parser.add_argument("--measure-memory", choices=[*CONTENDERS, DROP_IN], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     sizes = [[int(side) for side in size.split("x")] for size in arguments.sizes]
@@ -214,6 +225,17 @@ class FirstOutput(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.model(pixel_values).last_hidden_state
+
+
+def train_ours() -> nn.Module:
+    return FirstOutput(random_encoder("float32"))
+
+
+def train_transformers() -> nn.Module:
+    return build_transformers(Case(1024, 1024, 1, "float32"), "sdpa")
+
+
+TRAINED = {OURS: train_ours, "transformers": train_transformers}
 
 
 def run_transformers_sdpa(case: Case, deepseek_file: Path | None) -> Run:
@@ -546,7 +568,7 @@ def memory_of(name: str, case: Case, arguments: argparse.Namespace) -> float | N
     command = [
         sys.executable,
         "-m",
-        "image_encoder_vit.commands.benchmark",
+        MODULE,
         "--measure-memory",
         name,
         "--threads",

@@ -1,0 +1,174 @@
+"""Training keeps no logits and no GELU: gradients against autograd's own, and every way of training with them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import random_pixels, relative_error, small_model
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from image_encoder_vit import ImageEncoderViTModel, recomputation
+from image_encoder_vit.attention import eager_attention
+
+
+def random_inputs(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def attention_inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Two images, three heads, a grid of 2 x 3."""
+    tokens = (2, 3, 6, 4)
+    return random_inputs(tokens, tokens, tokens, (2, 3, 6, 2), (2, 3, 6, 3), dtype=dtype)
+
+
+@pytest.fixture(params=[14, 80, 1 << 21], ids=["queries", "heads", "whole"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two queries of a head at a time, two heads at a time, and all at once."""
+    monkeypatch.setattr(recomputation, "LOGITS_PER_CHUNK_ON_CPU", request.param)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_attention_s_gradients_are_right_and_can_be_differentiated_again() -> None:
+    assert gradcheck(recomputation.recomputed_attention, attention_inputs())
+    assert gradgradcheck(recomputation.recomputed_attention, attention_inputs())
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_attention_is_eager_attention_s(dtype: torch.dtype, bound: float) -> None:
+    inputs = attention_inputs(dtype)
+    exact = [part.detach().double().requires_grad_() for part in inputs]
+    actual = recomputation.recomputed_attention(*inputs)
+    assert actual.dtype == dtype
+    expected = eager_attention(exact[0], exact[1], exact[2], (exact[3], exact[4]))[0]
+    assert relative_error(actual, expected) <= bound
+    gradients = torch.autograd.grad(actual.square().sum(), inputs)
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected.square().sum(), exact), strict=True):
+        assert relative_error(mine, theirs) <= bound
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_mlp_s_gradients_are_right_and_can_be_differentiated_again(has_bias: bool) -> None:
+    hidden, weight, bias = random_inputs((2, 3, 2, 5), (4, 5), (4,))
+    given = (hidden, weight, bias if has_bias else None)
+    assert gradcheck(recomputation.gelu_linear, given)
+    assert gradgradcheck(recomputation.gelu_linear, given)
+    # In float32 by oneDNN.
+    single = [None if part is None else part.detach().float().requires_grad_() for part in given]
+    wanted = [part for part in single if part is not None]
+    expected = F.linear(F.gelu(single[0]), single[1], single[2])
+    wanted_gradients = torch.autograd.grad(expected.square().sum(), wanted)
+    for actual in (
+        recomputation.gelu_linear(*single),
+        recomputation.trained_linear(F.gelu(single[0]), single[1], single[2]),
+    ):
+        torch.testing.assert_close(actual, expected)
+        for mine, theirs in zip(torch.autograd.grad(actual.square().sum(), wanted), wanted_gradients, strict=True):
+            assert relative_error(mine, theirs) <= 1e-6
+
+
+def gradients_of(model: ImageEncoderViTModel, pixels: Tensor, **options: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(pixels, **options).last_hidden_state.float().square().mean()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return random_pixels(2, 3, 128, 96)
+
+
+@pytest.fixture(scope="module")
+def exact(pixels: Tensor) -> dict[str, Tensor]:
+    """Gradients of the eager path in float64, which recomputes nothing of attention."""
+    model = small_model().double().train()
+    model.set_attn_implementation("eager")
+    return gradients_of(model, pixels)
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        assert relative_error(gradient, expected[name]) <= bound, name
+
+
+def checkpointed(model: ImageEncoderViTModel) -> ImageEncoderViTModel:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    return model
+
+
+def compiled(model: ImageEncoderViTModel) -> ImageEncoderViTModel:
+    model.compile(backend="aot_eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model, checkpointed, compiled], ids=["plain", "checkpointed", "compiled"]
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradients_of_the_model_are_those_of_the_eager_path(
+    change: Callable[[ImageEncoderViTModel], ImageEncoderViTModel],
+    attention: str,
+    pixels: Tensor,
+    exact: dict[str, Tensor],
+) -> None:
+    model = small_model().train()
+    model.set_attn_implementation(attention)
+    assert_close(gradients_of(change(model), pixels), exact, 1e-5)
+
+
+def test_gradients_under_autocast_are_as_exact_as_without_recomputation(
+    pixels: Tensor, exact: dict[str, Tensor]
+) -> None:
+    errors = {}
+    for attention in ("sdpa", "eager"):
+        model = small_model().train()
+        model.set_attn_implementation(attention)
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients = gradients_of(model, pixels)
+        assert gradients.keys() == exact.keys()
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+        errors[attention] = max(relative_error(gradients[name], exact[name]) for name in exact)
+    assert errors["sdpa"] <= 2 * errors["eager"], errors
+
+
+def test_a_penalty_on_gradients_can_be_trained(pixels: Tensor) -> None:
+    penalties = {}
+    for attention in ("sdpa", "eager"):
+        model = small_model().double().train()
+        model.set_attn_implementation(attention)
+        given = pixels.double().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(given).last_hidden_state.square().mean(), given, create_graph=True)
+        gradient.square().sum().backward()
+        penalties[attention] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_close(penalties["sdpa"], penalties["eager"], 1e-9)
+
+
+def test_what_autograd_keeps_does_not_grow_with_the_square_of_the_page() -> None:
+    """The largest tensor kept is a few channels for each patch, and never a logit for each pair of them."""
+    model = small_model().train()
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(random_pixels(1, 3, 512, 512))
+    patches, pixels_bytes = 32 * 32, 4 * 3 * 512 * 512
+    assert max(kept) <= pixels_bytes < 4 * patches**2  # the logits of one head
+
+
+def test_frozen_and_adapted_layers_train(pixels: Tensor, exact: dict[str, Tensor]) -> None:
+    model = small_model().train()
+    model.encoder.blocks[0].requires_grad_(False)
+    model.encoder.blocks[3].mlp.lin2.weight.requires_grad_(False)
+    trained = {name: value for name, value in exact.items() if not name.startswith("encoder.blocks.0.")}
+    del trained["encoder.blocks.3.mlp.lin2.weight"]
+    assert_close(gradients_of(model, pixels), trained, 1e-5)
