@@ -558,23 +558,6 @@ def test_images_come_from_any_data_set(images: Path, tmp_path: Path) -> None:
         load_splits(str(tmp_path / "one"), processor, **columns)
 
 
-def test_the_python_of_the_docs_runs(model_folder: str, tmp_path: Path) -> None:
-    """One block after the other, as a reader would; small models stand in for real weights."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    tuned = ImageEncoderViTForImageClassification(ImageEncoderViTConfig(**SMALL))
-    for model in (tuned, ImageEncoderViTImageProcessorPil(size={"height": 128, "width": 128})):
-        model.save_pretrained(tmp_path / "tuned")
-    (tmp_path / "samples").symlink_to(ROOT / "samples")
-    code = "\n".join(blocks).replace("path/to/encoder", model_folder).replace("path/to/tuned", "tuned")
-    code += "\nassert accuracy > 0.8 > (classes == 0).float().mean(), accuracy\nprint('accuracy', float(accuracy))\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "tuned" / "model.safetensors").is_file()
-
-
 def test_accuracy_and_macro_f1_by_hand() -> None:
     logits = np.eye(4)[[0, 0, 1, 1, 2]]
     figures = accuracy_and_macro_f1(EvalPrediction(predictions=logits, label_ids=np.array([0, 1, 1, 1, 0])))
