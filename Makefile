@@ -13,7 +13,7 @@ EXTRAS := test,dev,plot,export,finetune,corpora,search,dist
 KERNEL := hatch_build.py image_encoder_vit/cpu_kernel.c
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: encode test benchmark lint check dist test-oldest test-newest test-torchvision test-js clean
+.PHONY: encode test benchmark lint check dist test-oldest test-newest test-torchvision test-js test-browser clean
 
 # The main job: encode the sample page, and draw it beside its features.
 encode: $(VENV)/.installed
@@ -54,6 +54,12 @@ test-torchvision: $(VENV_TORCHVISION)/.installed
 # What `export --format transformers.js` writes, in Node; transformers.js brings binaries for several systems, 0.5 GB.
 test-js: $(VENV)/.installed $(NODE)/.installed
 	$(VENV)/bin/python -m pytest tests/test_transformers_js.py
+
+# The page to click on, in a headless Chromium; from Debian's packages where there is none.
+test-browser: $(VENV)/.installed
+	which chromium chromedriver || (apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver)
+	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt selenium
+	$(VENV)/bin/python -m pytest tests/test_explorer.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv --clear $(VENV)

@@ -200,7 +200,11 @@ def test_an_output_is_replaced_when_asked(
 
 
 def test_a_revision_belongs_to_a_repository(model_folder: str) -> None:
-    for checkpoint, reason in ((None, "no --checkpoint is given"), (model_folder, "is on this disk")):
+    for checkpoint, reason in (
+        ("sample", "'sample' is none"),
+        ("random", "'random' is none"),
+        (model_folder, "is on this disk"),
+    ):
         for load in (load_model, load_processor):
             with pytest.raises(ValueError, match=f"--revision v1: .*{reason}"):
                 load(checkpoint, revision="v1")

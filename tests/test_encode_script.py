@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil
-from image_encoder_vit.corpora.pictures import page_beside_features, pca_to_rgb
+from image_encoder_vit.corpora.pictures import pca_to_rgb
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -66,9 +66,10 @@ def test_a_folder_of_images(images: Path, model_folder: str, tmp_path: Path) -> 
     assert metadata["checkpoint"] == model_folder
     place = {"original_size": [400, 300], "valid_region": [0, 16, 128, 96]}
     assert json.loads(metadata["images"]) == dict.fromkeys(names, place)
-    # Four rows of two pictures of 96 x 128 px.
+    # Four rows of three pictures, 420 px wide and 560 px high, below a heading: the page, the neck, the last map.
     with Image.open(plot) as picture:
-        assert picture.size == (2 * 96 + 8, 4 * 128 + 3 * 16)
+        assert picture.width == 3 * 420 + 4 * 14
+        assert 4 * (560 + 26 + 14) < picture.height < 4 * (560 + 26 + 14) + 200
     assert [path.name for path in output.parent.iterdir()] == ["features.safetensors"]
 
 
@@ -101,7 +102,7 @@ def test_a_checkpoint_from_the_hub(hub: HubServer, home: Path, images: Path, mod
     from_hub, from_folder = load_file(tmp_path / "hub.safetensors")[name], load_file(tmp_path / "local")[name]
     torch.testing.assert_close(from_hub, from_folder, rtol=1e-5, atol=1e-6)
 
-    arguments[2] = "encode/absent"
+    arguments[2:] = ["encode/absent", "--output", "absent.safetensors"]
     result = run_script("encode.py", *map(str, arguments), environment=environment, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
@@ -185,10 +186,24 @@ def test_a_checkpoint_with_missing_weights_is_refused(images: Path, model_folder
     assert "Missing weights (1): encoder.net_3.weight" in result.stderr
 
 
+def test_without_a_checkpoint_it_uses_the_sample_and_says_so(tmp_path: Path) -> None:
+    output, plot = tmp_path / "features.safetensors", tmp_path / "plot.png"
+    result = encode(SAMPLE_PAGE, "--output", output, "--plot", plot)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "Using the package's small sample encoder, not DeepSeek-OCR's; --checkpoint chooses another."
+    assert "1754 x 1240 px -> 768 x 768 px, grid 48 x 48, features (128, 12, 12), 144 tokens" in result.stdout
+    assert load_file(output)[str(SAMPLE_PAGE)].shape == (128, 12, 12)
+    with safe_open(output, "pt") as file:
+        assert file.metadata()["checkpoint"] == "sample"
+    with Image.open(plot) as picture:  # The page, its layout, the neck and the last map.
+        assert picture.width == 4 * 420 + 5 * 14
+
+
 @pytest.mark.full_size
-def test_without_a_checkpoint_it_says_that_features_mean_nothing(tmp_path: Path) -> None:
+def test_random_weights_are_there_for_the_asking_and_said_to_mean_nothing(tmp_path: Path) -> None:
     output = tmp_path / "features.safetensors"
-    result = encode(SAMPLE_PAGE, "--output", output)
+    result = encode(SAMPLE_PAGE, "--checkpoint", "random", "--output", output)
     assert result.returncode == 0, result.stderr
     assert "RANDOM weights" in result.stdout
     assert "Its features mean nothing until real weights are used" in result.stdout
@@ -207,16 +222,3 @@ def test_pca_colours_follow_the_features() -> None:
     assert {0, 255} <= set(first)
     assert torch.equal(pca_to_rgb(features), colors)
     assert pca_to_rgb(torch.ones(5, 1, 1)).shape == (3, 1, 1)
-
-
-def test_the_picture_shows_cells_where_they_belong() -> None:
-    features = torch.zeros(4, 4, 4)
-    features[:, 1, 2] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    # The page covers 192 x 128 px of a canvas of 256 px, from (32, 64) on.
-    picture = page_beside_features(Image.new("RGB", (10, 15), (9, 9, 9)), features, (32, 64, 192, 128), 64)
-    gap = 8
-    assert picture.size == (2 * 128 + gap, 192)
-    assert picture.getpixel((5, 5)) == (9, 9, 9)
-    # Cell (1, 2) starts 32 px below and 64 px right of the page's corner.
-    inside, outside = picture.getpixel((128 + gap + 64 + 5, 32 + 5)), picture.getpixel((128 + gap + 5, 32 + 5))
-    assert inside != outside

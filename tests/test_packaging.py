@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SAMPLE_FILES = {
+    "README.md",
+    "config.json",
+    "layout_head.safetensors",
+    "measures.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+}
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +35,16 @@ def test_the_wheel_holds_the_package_and_its_licence(wheel: zipfile.ZipFile) -> 
     assert {name for name in names if name.startswith("image_encoder_vit/")} - built == sources
     assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
     assert {name.split("/")[0] for name in names} == {"image_encoder_vit", names[-1].split("/")[0]}
+
+
+def test_the_sample_encoder_is_small_and_brings_no_code(wheel: zipfile.ZipFile) -> None:
+    sizes = {
+        Path(entry.filename).name: entry.file_size
+        for entry in wheel.infolist()
+        if entry.filename.startswith("image_encoder_vit/sample/")
+    }
+    assert sizes.keys() == SAMPLE_FILES
+    assert sum(sizes.values()) <= 4_000_000
 
 
 def test_the_built_wheel_works_by_itself(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

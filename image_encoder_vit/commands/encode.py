@@ -16,17 +16,28 @@ from PIL import Image
 
 from ..corpora.page_files import describe
 from ..corpora.pages import Page, PageReader, ReadOptions, find_pages, is_named_file_missing
-from ..corpora.pictures import page_beside_features
+from ..corpora.pictures import EncodedPage, Heading, overview
 from ..image_geometry import ImagePlace, place_of
 from ..modeling_deep_encoder import DeepEncoderModel
 from ..storage.atomic_file import atomic_file, partial_path
 from ..storage.safetensors_writer import SafetensorsWriter, encoded_json
 from ..support import message_of, visible
 from .frame import ERROR, ERROR_LINES, INTERRUPTED, progress_bar, run_command
-from .loading import NO_TOKENS, RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, choose_device, load_model, load_processor
+from .loading import (
+    NO_TOKENS,
+    choose_device,
+    encoder_config,
+    load_head,
+    load_model,
+    load_processor,
+    print_notice,
+    shown_name,
+    warning_of,
+)
 from .options import DTYPES, add_option, check_output, command_parser
 
 MAX_PLOT_ROWS = 16
+PANEL_WIDTH_PX = 420
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 HEADER_BYTES_PER_PAGE = 800  # Beside its name: three tensors, and where the image lies.
 
@@ -85,8 +96,7 @@ def encode(arguments: argparse.Namespace) -> int:
         raise ValueError(NO_TOKENS)
     settings = {} if arguments.pad else {"do_pad": False}
     processor = load_processor(arguments.checkpoint, arguments.revision, preset=arguments.preset, **settings)
-    if arguments.checkpoint is None:
-        print(RANDOM_WEIGHTS_NOTICE)
+    print_notice(arguments.checkpoint)
     print(f"{total} image(s), {model.dtype} on {device}".replace("torch.", ""))
 
     job = Job(pages, processor, model, with_tokens=arguments.tokens, with_pictures=arguments.plot is not None)
@@ -98,7 +108,7 @@ def encode(arguments: argparse.Namespace) -> int:
         print(f"Wrote the features of {job.encoded} image(s) to {visible(str(arguments.output))}")
         if arguments.plot:
             with atomic_file(arguments.plot) as partial:
-                sheet(job.pictures).save(partial, format=format_of(arguments.plot))
+                draw(job.pictures, arguments.checkpoint).save(partial, format=format_of(arguments.plot))
             print(f"Drew {len(job.pictures)} of {job.encoded} image(s) to {visible(str(arguments.plot))}")
     failures = job.failures + len(missing)
     if job.stopped:
@@ -175,7 +185,7 @@ class Job:
         self.pages, self.processor, self.model = pages, processor, model
         self.names = names_of(pages)
         self.with_tokens, self.with_pictures = with_tokens, with_pictures
-        self.pictures: list[Image.Image] = []
+        self.pictures: list[EncodedPage] = []
         self.encoded = self.failures = self.status = 0
         self.stopped = ""
 
@@ -207,7 +217,12 @@ class Job:
         """Encodes one page; returns its features and a line to print about it."""
         start = time.perf_counter()
         inputs = self.processor(page, return_tensors="pt")
-        outputs = self.model(**inputs.to(self.model.device))
+        necks: list[torch.Tensor] = []
+        hook = self.model.encoder.neck.register_forward_hook(lambda module, given, output: necks.append(output))
+        try:
+            outputs = self.model(**inputs.to(self.model.device))
+        finally:
+            hook.remove()
         tensors = {"": outputs.last_hidden_state[0].cpu()}
         local = outputs.local_feature_maps[0] if outputs.local_feature_maps else None
         elapsed_s = time.perf_counter() - start
@@ -228,18 +243,20 @@ class Job:
                 tensors[":tokens"] = tokens[0].cpu()
         place = place_of(inputs, 0)
         if self.with_pictures and len(self.pictures) < MAX_PLOT_ROWS:
-            self.pictures.append(page_beside_features(page, tensors[""], place.valid_region, self.model.encoder.stride))
+            # The neck's map of the whole page is made after those of its tiles.
+            stages = {"neck": necks[-1][0], encoder_config(self.model).stage_names[-1]: tensors[""]}
+            stages = {stage: features.float().cpu() for stage, features in stages.items()}
+            self.pictures.append(EncodedPage(Path(name).name, page, stages, place.valid_region, (height_px, width_px)))
         return Encoded(name, tensors, place), report
 
-    def write(self, first: Encoded, others: Iterator[Encoded], path: Path, checkpoint: str | None) -> None:
+    def write(self, first: Encoded, others: Iterator[Encoded], path: Path, checkpoint: str) -> None:
         """
         Writes one tensor a page as they come, named by its file, more with ":tiles" and ":tokens" after the name where
         it has these, and where each image lies on its canvas as metadata. What is there when it is interrupted, or when
         the disk is full, is a whole file.
         """
         images: dict[str, Any] = {}
-        source = checkpoint or f"random weights, seed {RANDOM_SEED}"
-        metadata = {"checkpoint": source, "pillow": PIL.__version__}
+        metadata = {"checkpoint": checkpoint, "pillow": PIL.__version__}
         kept = len(encoded_json(metadata)) + 100
         for name in self.names:
             in_json = encoded_json(name)
@@ -283,16 +300,11 @@ def _related(name: str) -> list[str]:
     return [name, base, f"{name}:tiles", f"{name}:tokens"]
 
 
-def sheet(rows: list[Image.Image]) -> Image.Image:
-    """Pictures one below the other."""
-    gap_px = 16
-    height = sum(row.height for row in rows) + gap_px * (len(rows) - 1)
-    picture = Image.new("RGB", (max(row.width for row in rows), height), (255, 255, 255))
-    top = 0
-    for row in rows:
-        picture.paste(row, (0, top))
-        top += row.height + gap_px
-    return picture
+def draw(pages: list[EncodedPage], checkpoint: str) -> Image.Image:
+    """A row for each page: the page and its features, the finest useful map first."""
+    shown = f"{pages[0].name}: " if len(pages) == 1 else ""
+    heading = Heading(f"{shown}features of {shown_name(checkpoint)}", warning=warning_of(checkpoint))
+    return overview(pages, list(pages[0].stages), load_head(checkpoint), heading, PANEL_WIDTH_PX)
 
 
 if __name__ == "__main__":

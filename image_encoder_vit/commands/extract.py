@@ -16,7 +16,7 @@ from typing import Any
 
 from ..support import message_of, visible
 from .frame import ERROR, progress_bar, run_command
-from .loading import RANDOM_SEED, RANDOM_WEIGHTS_NOTICE, load_model, load_processor
+from .loading import load_model, load_processor, print_notice
 from .options import DTYPES, add_option, command_parser
 
 MAX_REJECTS_SHOWN = 5
@@ -117,9 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     processor = load_processor(arguments.checkpoint, arguments.revision, **settings)
     if rank == 0:
         tell_what_is_passed_over(arguments.inputs)
-        if arguments.checkpoint is None:
-            print(RANDOM_WEIGHTS_NOTICE)
-    checkpoint = arguments.checkpoint or f"random weights, seed {RANDOM_SEED}"
+        print_notice(arguments.checkpoint)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     with progress_bar(0, "page", is_shown=rank == 0) as progress:
 
@@ -132,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
                 options,
                 processor,
                 lambda: load_model(arguments.checkpoint, dtype, arguments.revision),
-                checkpoint,
+                arguments.checkpoint,
                 show_finished,
             )
         except FailedElsewhereError:

@@ -27,7 +27,7 @@ from ..training.fine_tuning import FineTuner, accuracy_and_macro_f1, freeze, wit
 from ..training.labelled_images import Splits, load_splits
 from ..training.states import StateKeeper, StopAtNonFiniteLoss, newest_state
 from .frame import run_command
-from .loading import load_model, load_processor
+from .loading import RANDOM, load_model, load_processor
 from .options import PROGRAM
 
 STATES = "states"  # In the unfinished folder: what --resume needs.
@@ -140,7 +140,7 @@ def finetune(arguments: argparse.Namespace) -> int:
     states = unfinished_path(output) / STATES
     trainer_arguments = training_arguments(options, states)
     size = {"size": options.image_size} if options.image_size else {}
-    processor = load_processor(options.checkpoint, options.revision, **size)
+    processor = load_processor(options.checkpoint or RANDOM, options.revision, **size)
     splits = load_splits(
         arguments.images,
         processor,
@@ -287,7 +287,7 @@ def build(options: Options, classes: list[str]) -> Any:
         OSError, ValueError: If the checkpoint cannot be loaded as an encoder.
         ImportError: If LoRA is asked for and PEFT is not installed.
     """
-    encoder = load_model(options.checkpoint, torch.float32, options.revision)
+    encoder = load_model(options.checkpoint or RANDOM, torch.float32, options.revision)
     config = encoder.config
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}

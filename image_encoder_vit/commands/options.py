@@ -14,7 +14,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OPTIONS: dict[str, dict[str, Any]] = {
     "--checkpoint": {
         "metavar": "FOLDER_OR_HUB_ID",
-        "help": "where the encoder is; without it, random weights are used",
+        "default": "sample",
+        "help": 'where the encoder is; "sample" (default): the small one that the package brings; "random"',
     },
     "--revision": {"metavar": "NAME", "help": "branch, tag or commit of a Hub repository; default: main"},
     "--device": {"default": "auto", "help": '"auto" (default: an accelerator before the CPU), "cpu", "cuda:1", ...'},

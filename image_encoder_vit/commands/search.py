@@ -38,7 +38,7 @@ from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPi
 from ..storage.atomic_file import atomic_file
 from .extract import positive
 from .frame import run_command
-from .loading import RANDOM_SEED, choose_device, load_model
+from .loading import choose_device, load_model
 from .options import DTYPES, add_option, check_output, command_parser
 
 FRAME_COLOR, MISSING_COLOR = (230, 30, 90), (225, 225, 228)
@@ -83,7 +83,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help=f"pages that 'reranked' looks at closely (default: {SHORTLIST_PAGES})",
     )
-    add_option(parser, "--checkpoint", help="model that encodes QUERY; default: the one that the store names")
+    add_option(
+        parser, "--checkpoint", default=None, help="model that encodes QUERY; default: the one that the store names"
+    )
     for name in ("--revision", "--device"):
         add_option(parser, name)
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the query and the hits, framed")
@@ -159,8 +161,7 @@ def load_encoder(store: FeatureStore, checkpoint: str | None, revision: str | No
         raise ValueError(f"The manifest of {str(store.folder)!r} does not say which model made it: extract it again.")
     wanted = checkpoint or named
     try:
-        is_random = wanted == f"random weights, seed {RANDOM_SEED}"
-        model = load_model(None if is_random else wanted, DTYPES[dtype], revision)
+        model = load_model(wanted, DTYPES[dtype], revision)
     except (OSError, ValueError) as error:
         if checkpoint is not None:
             raise
