@@ -15,8 +15,8 @@ from PIL import Image
 
 from image_encoder_vit.commands import plot
 from image_encoder_vit.corpora.explorer import explorer_html, feature_grid, region_similarities
-from image_encoder_vit.corpora.layout import LayoutHead
 from image_encoder_vit.corpora.pictures import EncodedPage
+from image_encoder_vit.weights.layout_head import LayoutHead
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "samples" / "page.png"

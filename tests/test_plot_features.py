@@ -9,7 +9,6 @@ from PIL import Image
 
 from image_encoder_vit.commands import plot as script
 from image_encoder_vit.commands.loading import load_head, shown_name, warning_of
-from image_encoder_vit.corpora.layout import LayoutHead, load_layout_head
 from image_encoder_vit.corpora.pictures import (
     CLASS_COLORS,
     WARNING_COLOR,
@@ -27,6 +26,7 @@ from image_encoder_vit.corpora.pictures import (
     sheet,
     similarity_to_cell,
 )
+from image_encoder_vit.weights.layout_head import LayoutHead, load_layout_head
 
 ROOT = Path(__file__).parent.parent
 

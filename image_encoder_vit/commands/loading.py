@@ -8,11 +8,11 @@ from accelerate import PartialState
 from transformers import AutoImageProcessor
 
 from ..configuration_image_encoder_vit import ImageEncoderViTConfig
-from ..corpora.layout import LayoutHead, load_layout_head
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
 from ..modeling_deep_encoder import DeepEncoderModel
 from ..modeling_image_encoder_vit import ImageEncoderViTModel
 from ..support import message_of
+from ..weights.layout_head import LayoutHead, load_layout_head
 from ..weights.sources import check_exists
 from .options import PROGRAM
 

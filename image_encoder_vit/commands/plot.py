@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from ..corpora.explorer import explorer_html
-from ..corpora.layout import LayoutHead
 from ..corpora.pages import PageReader, ReadOptions, find_pages
 from ..corpora.pictures import (
     LAYOUT_EXPLANATION,
@@ -37,6 +36,7 @@ from ..corpora.pictures import (
 from ..corpora.pictures import similarity_to_cell as similarity
 from ..image_geometry import Region
 from ..storage.atomic_file import atomic_file
+from ..weights.layout_head import LayoutHead
 from .frame import run_command
 from .loading import (
     choose_device,

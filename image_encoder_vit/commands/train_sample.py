@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("train-sample", __doc__)
+    parser.prog = f"python -m {__package__}.train_sample"  # None of the program's commands: few want it.
     add_option(parser, "--output", metavar="FOLDER", help="where the model folder goes")
     add_option(parser, "--overwrite")
     parser.add_argument(

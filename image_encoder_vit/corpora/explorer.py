@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .layout import LayoutHead
+from ..weights.layout_head import LayoutHead
 from .pictures import HEAT_COLORS, EncodedPage, class_colors, common_basis, valid_cells
 
 PAGE_JPEG_QUALITY = 80

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention import at_least_float32, relative_positions
 from ..image_geometry import ImagePlace, Region, Size
-from .layout import LayoutHead
+from ..weights.layout_head import LayoutHead
 
 Cell = tuple[int, int]  # row, column
 

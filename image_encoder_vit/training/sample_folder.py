@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from ..configuration_image_encoder_vit import ImageEncoderViTConfig
-from ..corpora.layout import LAYOUT_HEAD_FILE, LayoutHead
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
 from ..modeling_image_encoder_vit import ImageEncoderViTModel
 from ..storage.atomic_file import atomic_file
+from ..weights.layout_head import LAYOUT_HEAD_FILE, LayoutHead
 from ..weights.model_folder import WEIGHTS_FILE
 from .drawn_pages import CLASSES
 from .sample_encoder import CANVAS_PX, SampleTrainer
@@ -29,20 +29,21 @@ tags: [vit, ocr, image-encoder, demonstration]
 
 A small `ImageEncoderViTModel` ({parameters:.1f} million parameters, {channels} channels at stride 64 instead of 1024)
 that the package brings, so that its commands have something to show without a checkpoint. It was trained on nothing
-but {pages} pages that the training script draws itself, to tell layout classes apart ({classes}) and to find a page
-again.
+but {pages} pages that its training draws itself: to tell layout classes apart ({classes}),
+and to find a page again.
 
-It is **not** DeepSeek-OCR's encoder and no OCR encoder at all: it knows no letters and no language, and of real
-pages it has seen none. Use it to look at pictures and to test programs.
+It is **not** DeepSeek-OCR's encoder and no OCR encoder at all: it knows no letters and no language, and of real pages
+it has seen none. Use it to look at pictures and to test programs.
 
-`{head_file}` holds a direction for each class in the feature map after the neck: the class of a cell is that of the
-nearest one by cosine. `{measures_file}` has what was measured, on drawn pages of another seed.
+`{head_file}` holds a direction for each class in the feature map after the neck: the class of a cell is
+that of the nearest one by cosine. `{measures_file}` has what was measured, on drawn pages of another seed.
 
 | layout class of a cell by its nearest neighbour, mean of classes | stride 16 | stride 64 |
 |---|---|---|
 {rows}
 
-`scripts/train_sample.py` makes it again; docs/sample.md tells how, and what it is worth on real pages.
+`python -m image_encoder_vit.commands.train_sample` makes it again; the repository's page on the sample encoder tells
+how, and what it is worth on real pages.
 """
 MEASURED_NAMES = {"sample": "this encoder", "random": "the same shape, random weights", "colors": "the cells' colours"}
 
