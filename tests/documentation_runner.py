@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from builders import small_model
+from deep import small_deep_encoder
 from PIL import Image
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil
@@ -37,6 +38,8 @@ def prepare(folder: Path, *, with_features: bool) -> None:
     for name in ("path/to/encoder", "weights/deepseek-ocr"):
         small_model().save_pretrained(folder / name)
         ImageEncoderViTImageProcessorPil().save_pretrained(folder / name)
+    small_deep_encoder().save_pretrained(folder / "deep-encoder")
+    ImageEncoderViTImageProcessorPil().save_pretrained(folder / "deep-encoder")
     (folder / "scans").mkdir()
     shutil.copy(ROOT / "samples" / "pages.pdf", folder / "scans" / "report.pdf")
     page = Image.open(ROOT / "samples" / "page.png").convert("RGB").resize((310, 438))
