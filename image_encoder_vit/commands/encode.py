@@ -246,7 +246,10 @@ class Job:
             # The neck's map of the whole page is made after those of its tiles.
             stages = {"neck": necks[-1][0], encoder_config(self.model).stage_names[-1]: tensors[""]}
             stages = {stage: features.float().cpu() for stage, features in stages.items()}
-            self.pictures.append(EncodedPage(Path(name).name, page, stages, place.valid_region, (height_px, width_px)))
+            _, _, height, width = place.valid_region
+            # In the size that is drawn: the page itself may be large, and is let go.
+            small = page.resize((width, height), Image.Resampling.LANCZOS)
+            self.pictures.append(EncodedPage(Path(name).name, small, stages, place.valid_region, (height_px, width_px)))
         return Encoded(name, tensors, place), report
 
     def write(self, first: Encoded, others: Iterator[Encoded], path: Path, checkpoint: str) -> None:
