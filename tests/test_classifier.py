@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import random_pixels, randomize, relative_error
+from fresh_python import FreshPython
 from hub_client import Worker, client_environment, run_script
 from hub_server import WRITE_TOKEN, HubServer
 from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import SMALL
-from test_remote_code import SAMPLE_PAGE, run_python
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, pipeline
 
 from image_encoder_vit import (
@@ -30,6 +30,7 @@ from image_encoder_vit.commands.loading import load_model
 
 pytest_plugins = ["hub_fixtures"]
 
+SAMPLE_PAGE = Path(__file__).parent.parent / "samples" / "page.png"
 LABELS = ["form", "letter", "receipt"]
 
 
@@ -204,7 +205,7 @@ processor.save_pretrained(folder + "-again")
 """
 
 
-def test_remote_code_classifies_without_the_package(folder: Path, tmp_path: Path) -> None:
+def test_remote_code_classifies_without_the_package(run_python: FreshPython, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "outputs.safetensors"
     run_python(WITHOUT_PACKAGE, str(folder), str(SAMPLE_PAGE), str(output), cache=tmp_path)
     remote = load_file(output)
