@@ -238,7 +238,7 @@ def test_inputs_that_are_nothing_are_named(tmp_path: Path) -> None:
 
 def prepared(position: int, *shape: int) -> PreparedPage:
     page = Page("source", position, "file", "source", 0, 0, "", "")
-    return PreparedPage(position, page, {"pixel_values": torch.zeros(shape)}, (1, 1), (0, 0, 1, 1), "", None)
+    return PreparedPage(position, page, {"pixel_values": torch.zeros(1, *shape)}, (1, 1), (0, 0, 1, 1), "", None)
 
 
 def test_batches_hold_one_shape_and_few_pages_wait() -> None:
@@ -357,7 +357,7 @@ def kill_worker_after_a_batch(patch: pytest.MonkeyPatch) -> None:
     """Kills a worker of this process while the model computes."""
     original = extraction.Run.features_of
 
-    def features_of(self: Any, batch: list[PreparedPage]) -> list[torch.Tensor]:
+    def features_of(self: Any, batch: list[PreparedPage]) -> list[extraction.PageFeatures]:
         workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
         workers[0].kill()
         return original(self, batch)

@@ -18,13 +18,12 @@ from ..corpora.page_files import describe
 from ..corpora.pages import Page, PageReader, ReadOptions, find_pages, is_named_file_missing
 from ..corpora.pictures import EncodedPage, Heading, overview
 from ..image_geometry import ImagePlace, place_of
-from ..modeling_deep_encoder import DeepEncoderModel
 from ..storage.atomic_file import atomic_file, partial_path
 from ..storage.safetensors_writer import SafetensorsWriter, encoded_json
 from ..support import message_of, visible
 from .frame import ERROR, ERROR_LINES, INTERRUPTED, progress_bar, run_command
 from .loading import (
-    NO_TOKENS,
+    check_tokens,
     choose_device,
     encoder_config,
     load_head,
@@ -92,8 +91,7 @@ def encode(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     model = load_model(arguments.checkpoint, dtype, arguments.revision).to(device)
-    if arguments.tokens and not isinstance(model, DeepEncoderModel):
-        raise ValueError(NO_TOKENS)
+    check_tokens(model, arguments.tokens)
     settings = {} if arguments.pad else {"do_pad": False}
     processor = load_processor(arguments.checkpoint, arguments.revision, preset=arguments.preset, **settings)
     print_notice(arguments.checkpoint)

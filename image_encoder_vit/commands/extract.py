@@ -16,7 +16,7 @@ from typing import Any
 
 from ..support import message_of, visible
 from .frame import ERROR, progress_bar, run_command
-from .loading import load_model, load_processor, print_notice
+from .loading import check_tokens, load_model, load_processor, print_notice
 from .options import DTYPES, add_option, command_parser
 
 MAX_REJECTS_SHOWN = 5
@@ -41,6 +41,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--feature-dtype", choices=[*DTYPES], default="bfloat16", help="default: bfloat16")
     parser.add_argument("--no-pad", dest="pad", action="store_false", help="keep the aspect ratio without padding")
+    add_option(parser, "--tokens")
     parser.add_argument("--dpi", type=positive(float), default=144.0, help="of rendered PDF pages (default: 144)")
     parser.add_argument("--image-column", metavar="NAME", help="of Parquet files and datasets; default: the only one")
     parser.add_argument("--split", default="train", help="of datasets (default: train)")
@@ -112,14 +113,22 @@ def run(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         cpu=arguments.device == "cpu",
         max_megapixels=arguments.max_megapixels,
+        tokens=arguments.tokens,
     )
-    settings = {} if arguments.pad else {"do_pad": False}
+    settings: dict[str, Any] = {} if arguments.pad else {"do_pad": False}
+    if not arguments.tokens:
+        settings["tile_size"] = None  # Maps are of the whole view; only tokens tell of tiles.
     processor = load_processor(arguments.checkpoint, arguments.revision, **settings)
     if rank == 0:
         tell_what_is_passed_over(arguments.inputs)
         print_notice(arguments.checkpoint)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     with progress_bar(0, "page", is_shown=rank == 0) as progress:
+
+        def load_encoder() -> Any:
+            model = load_model(arguments.checkpoint, dtype, arguments.revision)
+            check_tokens(model, arguments.tokens)
+            return model
 
         def show_finished(done: int, total: int) -> None:
             progress.total = total
@@ -129,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
             result = extract(
                 options,
                 processor,
-                lambda: load_model(arguments.checkpoint, dtype, arguments.revision),
+                load_encoder,
                 arguments.checkpoint,
                 show_finished,
             )

@@ -84,6 +84,15 @@ def load_processor(checkpoint: str, revision: str | None = None, **settings: Any
     return AutoImageProcessor.from_pretrained(checkpoint, revision=revision or "main", backend="pil", **settings)
 
 
+def check_tokens(model: Any, are_wanted: bool) -> None:
+    """
+    Raises:
+        ValueError: If tokens are wanted of a model that makes none.
+    """
+    if are_wanted and not isinstance(model, DeepEncoderModel):
+        raise ValueError(NO_TOKENS)
+
+
 def encoder_config(model: Any) -> ImageEncoderViTConfig:
     """The configuration of SAM's encoder in a model, which a whole DeepEncoder has inside."""
     config: ImageEncoderViTConfig = getattr(model.config, "sam_config", model.config)

@@ -76,6 +76,7 @@ class ExtractionOptions:
             for one on the CPU and four on an accelerator.
         cpu: Whether to use the CPU even where there is an accelerator.
         max_megapixels: The largest image that is decoded; None for PIL's own limit.
+        tokens: Whether to keep the sequences that a decoder reads too, which a DeepEncoder makes.
     """
 
     inputs: list[str]
@@ -87,6 +88,7 @@ class ExtractionOptions:
     workers: int | None = None
     cpu: bool = False
     max_megapixels: float | None = None
+    tokens: bool = False
 
 
 @dataclass
@@ -112,8 +114,8 @@ class FailedElsewhereError(RuntimeError):
 
 class PreparedPage(NamedTuple):
     """
-    A page ready for the model: its `inputs` by name, without a batch dimension, and where the image lies on its canvas.
-    Or, with a `reason`, one that could not be read, without inputs.
+    A page ready for the model: its `inputs` by name, as a batch of one, and where the image lies on its canvas. Or,
+    with a `reason`, one that could not be read, without inputs.
     """
 
     position: int
@@ -127,6 +129,17 @@ class PreparedPage(NamedTuple):
     @property
     def shapes(self) -> tuple[Any, ...]:
         return tuple((name, tuple(tensor.shape)) for name, tensor in self.inputs.items())
+
+
+class PageFeatures(NamedTuple):
+    """What is kept of a page: the map (C, h, w), and the tokens (n, D) where they are asked for; on the host."""
+
+    map: Tensor
+    tokens: Tensor | None
+
+    @property
+    def are_finite(self) -> bool:
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self if tensor is not None)
 
 
 class PreparedPages(Dataset[PreparedPage]):
@@ -143,7 +156,7 @@ class PreparedPages(Dataset[PreparedPage]):
             inputs = dict(self.processor(image, return_tensors="pt"))
         except Exception as error:  # A damaged file makes decoders raise nearly anything.
             return PreparedPage(position, page, {}, (0, 0), (0, 0, 0, 0), "", describe(error))
-        tensors = {name: value[0] for name, value in inputs.items() if name not in ("original_sizes", "valid_regions")}
+        tensors = {name: value for name, value in inputs.items() if name not in ("original_sizes", "valid_regions")}
         return PreparedPage(position, page, tensors, *place_of(inputs, 0), sha256, None)
 
 
@@ -213,7 +226,7 @@ def extract(
     Args:
         options: What, and how.
         processor: The image processor.
-        load_model: Gives the encoder in eval mode; called while the workers start.
+        load_model: Gives the encoder, for tokens a DeepEncoder, in eval mode; called while the workers start.
         checkpoint: What the manifest calls the model: a folder or Hub id.
         show_finished: Called in the main process with the number of finished pages and of all.
 
@@ -366,6 +379,7 @@ def manifest_of(
             "batch_size": options.batch_size,
             "pages_per_shard": options.pages_per_shard,
             "max_megapixels": options.max_megapixels,
+            "tokens": options.tokens or None,  # As it is read of manifests that do not know of tokens.
         },
         # The last bits depend on these: on the CPU also on the number of threads, which OMP_NUM_THREADS sets.
         "machine": {"device": device, "threads": torch.get_num_threads() if on_cpu else None, "versions": versions},
@@ -411,19 +425,21 @@ class Run:
         """Makes all units of this process."""
         start = time.perf_counter()
         for unit in self.units:
-            features: dict[int, torch.Tensor] = {}
+            features: dict[int, PageFeatures] = {}
             positions = self.plan.positions(unit)
             prepared: list[PreparedPage] = []
             reasons: dict[int, str] = {}
             for batch in batches_by_shape(self.take(pages, len(positions), prepared), self.options.batch_size):
-                for page, tensor in zip(batch, self.features_of(batch), strict=True):
-                    if bool(torch.isfinite(tensor).all()):
-                        features[page.position - positions.start] = tensor
+                for page, made in zip(batch, self.features_of(batch), strict=True):
+                    if made.are_finite:
+                        features[page.position - positions.start] = made
                     else:
                         dtype = name_of(self.options.feature_dtype)
                         reasons[page.position] = f"its features are not finite in {dtype}"
             rows = [self.row(unit, page, features, reasons.get(page.position, page.reason)) for page in prepared]
-            write_unit(self.options.output, unit, features, rows)
+            maps = {row: made.map for row, made in features.items()}
+            tokens = {row: made.tokens for row, made in features.items() if made.tokens is not None}
+            write_unit(self.options.output, unit, maps, rows, tokens)
             self.show_finished()
             self.result.memory_mb.append(memory_mb())
         self.result.seconds = time.perf_counter() - start
@@ -446,17 +462,20 @@ class Run:
             yield page
 
     @torch.inference_mode()
-    def features_of(self, batch: list[PreparedPage]) -> list[torch.Tensor]:
-        """The feature maps (C, h, w) of pages of one shape, on the host."""
+    def features_of(self, batch: list[PreparedPage]) -> list[PageFeatures]:
+        """What is kept of each of some pages of one shape."""
         start = time.perf_counter()
         device = next(self.model.parameters()).device
-        inputs = {name: torch.stack([page.inputs[name] for page in batch]).to(device) for name in batch[0].inputs}
-        features = self.model(**inputs).last_hidden_state.to("cpu", self.options.feature_dtype)
+        inputs = {name: torch.cat([page.inputs[name] for page in batch]).to(device) for name in batch[0].inputs}
+        outputs = self.model(**inputs)
+        maps = outputs.last_hidden_state.to("cpu", self.options.feature_dtype)
+        sequences = outputs.vision_tokens if self.options.tokens else [None] * len(batch)
+        tokens = [None if one is None else one.to("cpu", self.options.feature_dtype) for one in sequences]
         self.result.model_s += time.perf_counter() - start
-        return [tensor.clone() for tensor in features]
+        return [PageFeatures(*made) for made in zip([tensor.clone() for tensor in maps], tokens, strict=True)]
 
     def row(
-        self, unit: int, page: PreparedPage, features: dict[int, torch.Tensor], reason: str | None
+        self, unit: int, page: PreparedPage, features: dict[int, PageFeatures], reason: str | None
     ) -> dict[str, Any]:
         """The page's row of the index, or of the rejects with a `reason`."""
         name = {"id": page.page.id, "source": page.page.source, "page": page.page.page, "reason": reason}
@@ -466,7 +485,7 @@ class Run:
         return name | {
             "original_size": page.original_size,
             "valid_region": page.valid_region,
-            "grid": tuple(features[number].shape[1:]),
+            "grid": tuple(features[number].map.shape[1:]),
             "shard": shard_name(unit),
             "row": number,
             "sha256": page.sha256,

@@ -13,8 +13,9 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +50,8 @@ PLAN_SCHEMA = pa.schema(
         ("frame", pa.int32()),
     ]
 )
-# Sizes and regions in px, the grid in cells, (rows, columns); `row` is the name of the tensor in its shard, whose size
-# in bytes and digest stand in each of its rows.
+# Sizes and regions in px, the grid in cells, (rows, columns); `row` is the name of the map in its shard, whose size in
+# bytes and digest stand in each of its rows. Tokens lie in the same shard.
 INDEX_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -270,13 +271,27 @@ def remove_partial_files(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_unit(folder: Path, unit: int, features: dict[int, torch.Tensor], rows: list[dict[str, Any]]) -> None:
+def _tokens_name(row: int) -> str:
+    """The name of a page's tokens in its shard."""
+    return f"{row}.tokens"
+
+
+def write_unit(
+    folder: Path,
+    unit: int,
+    features: dict[int, torch.Tensor],
+    rows: list[dict[str, Any]],
+    tokens: Mapping[int, torch.Tensor] = MappingProxyType({}),
+) -> None:
     """
-    Makes a unit complete: `features` are the tensors (C, h, w) by their row, `rows` those of `UNIT_SCHEMA` without
-    what they tell of the shard, with a `reason` for each rejected page.
+    Makes a unit complete: `features` are the maps (C, h, w) by their row, `tokens` the sequences (n, D) of those pages
+    that have one, `rows` those of `UNIT_SCHEMA` without what they tell of the shard, with a `reason` for each rejected
+    page.
     """
     if features:
-        data = save({str(row): tensor.contiguous() for row, tensor in features.items()}, metadata={"format": "pt"})
+        named = {str(row): tensor for row, tensor in features.items()}
+        named |= {_tokens_name(row): tensor for row, tensor in tokens.items()}
+        data = save({name: tensor.contiguous() for name, tensor in named.items()}, metadata={"format": "pt"})
         with atomic_file(folder / shard_name(unit)) as partial:
             partial.write_bytes(data)
         shard = {"shard": shard_name(unit), "shard_bytes": len(data), "shard_sha256": hashlib.sha256(data).hexdigest()}
@@ -317,7 +332,8 @@ def rejects(folder: Path) -> Iterator[dict[str, Any]]:
 class FeatureStore:
     """
     The features that `image-encoder-vit extract` has written, by the id of their page, "source#page":
-    `store["scan.pdf#2"]` is a tensor (C, h, w), read from the disk when asked for. `len`, `in` and iteration are over
+    `store["scan.pdf#2"]` is a map (C, h, w), `store.tokens("scan.pdf#2")` what a decoder reads of the page, where that
+    was kept; both are read from the disk when asked for. `len`, `in` and iteration are over
     ids, in the order of the corpus. Several threads may read from it, and it can be given to worker processes.
 
     Raises:
@@ -360,11 +376,30 @@ class FeatureStore:
 
     def __getitem__(self, page_id: str) -> torch.Tensor:
         row = self.row(page_id)
+        return self._tensor(row["shard"], str(row["row"]))
+
+    def tokens(self, page_id: str) -> torch.Tensor:
+        """
+        The sequence (n, D) that a decoder reads of the page, as a DeepEncoder has made it.
+
+        Raises:
+            KeyError: If there are no features of that id.
+            ValueError: If the features were extracted without tokens.
+        """
+        row = self.row(page_id)
+        if not self.manifest["settings"].get("tokens"):
+            raise ValueError(
+                f"{str(self.folder)!r} holds maps only: extract with --tokens, from a whole DeepEncoder, into another "
+                "folder."
+            )
+        return self._tensor(row["shard"], _tokens_name(row["row"]))
+
+    def _tensor(self, shard: str, name: str) -> torch.Tensor:
         try:
-            features: torch.Tensor = self._shard(row["shard"]).get_tensor(str(row["row"]))
+            features: torch.Tensor = self._shard(shard).get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"The shard {str(self.folder / row['shard'])!r} is missing or damaged: {message_of(error)}. The "
+                f"The shard {str(self.folder / shard)!r} is missing or damaged: {message_of(error)}. The "
                 "command that extracted the features makes it again if it is missing or cut off; `image-encoder-vit "
                 "extract --verify` tells which shards are damaged."
             ) from error
