@@ -9,9 +9,11 @@ import torch
 from builders import DEEP_ENCODER_CODE, random_pixels, relative_error
 from checkpoints import RECIPES, folder_files, write_checkpoint, write_tensors
 from deep import small_deep_encoder, unlimited_ocr
-from hub_client import Worker
+from hub_client import Worker, client_environment, run_script
+from hub_faults import Fault
 from hub_server import HubServer
 from safetensors.torch import load_file
+from test_pull_faults import QUICK, leftovers
 from torch import nn
 from transformers import AutoModel
 
@@ -190,6 +192,44 @@ def test_from_the_hub_by_few_ranges(kind: str, hub: HubServer, worker: Worker, t
     assert outcome.result["bytes_moved"] <= 1.01 * wanted + 1_000_000
     whole = sum(path.stat().st_size for path in (tmp_path / "source").glob("*.safetensors"))
     assert outcome.result["bytes_moved"] < whole / 10
+
+
+def test_after_a_fault_without_end_only_what_is_missing_is_fetched(
+    hub: HubServer, worker: Worker, tmp_path: Path
+) -> None:
+    """The storage gives the header of the last file, and nothing else of it."""
+    model = model_in_bfloat16()
+    write_source(tmp_path / "source", "sharded", model)
+    commit = hub.add_repository("deep/faulty", folder_files(tmp_path / "source"))
+    blobs = hub.repositories["deep/faulty"].commits[commit]
+    last = blobs[max(name for name in blobs if name.endswith(".safetensors"))]
+    (tmp_path / "pulls").mkdir()
+    output = tmp_path / "pulls" / "model"
+    options = {"source": "deep/faulty", "output_dir": output, "part": "deep-encoder", "retry": QUICK}
+    hub.faults[:] = [Fault("cut", path=last.oid, after=1, count=10_000, part=0.0)]
+    outcome = worker.call("pull", **options)
+    assert outcome.error is not None
+    assert outcome.error[0] == "TransferError"
+    assert not output.exists()
+    hub.reset()
+    assert worker.call("pull", **options).error is None
+    assert_holds(output, model)
+    assert leftovers(tmp_path / "pulls") == ["model"]
+    assert " kept from an interrupted pull" in (output / "README.md").read_text()
+
+
+def test_a_dry_run_of_a_push_checks_and_shows_the_folder(home: Path, tmp_path: Path) -> None:
+    write_source(tmp_path / "source", "single", model_in_bfloat16())
+    pull(tmp_path / "source", tmp_path / "model", part="deep-encoder")
+    before = folder_files(tmp_path / "model")
+    environment = client_environment("http://127.0.0.1:9", home)  # Nothing listens there.
+    done = run_script("push_to_hub.py", "model", "push/deep", "--dry-run", environment=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in COMPLETE - {"README.md"}:
+        assert f"{(tmp_path / 'model' / name).stat().st_size:,} bytes  {name}\n" in done.stdout
+    for part in ("# DeepEncoder", "7 vision tokens of 24 channels", 'source = "push/deep"', "nothing was sent"):
+        assert part in done.stdout
+    assert folder_files(tmp_path / "model") == before
 
 
 # And back.
