@@ -116,7 +116,7 @@ assert max(range(3), key=scores.__getitem__) == 1 and scores[1] > 0.9999, scores
 @pytest.mark.full_size
 def test_the_benchmark_times_the_whole_deep_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers.models.unlimited_ocr")
-    arguments = ["--model", "deep-encoder", "--sizes", "128x128", "--dtypes", "float32", "--rounds", "1", "--no-memory"]
+    arguments = ["--part", "deep-encoder", "--sizes", "128x128", "--dtypes", "float32", "--rounds", "1", "--no-memory"]
     arguments += ["--contenders", benchmark.OURS, benchmark.DROP_IN, "--json", str(tmp_path / "report.json")]
     assert benchmark.main(arguments) == 0
     results = json.loads((tmp_path / "report.json").read_text())["cases"][0]["results"]

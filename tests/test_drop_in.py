@@ -39,20 +39,9 @@ def unlimited_ocr() -> nn.Module:
     )
 
 
-def sam_hq() -> nn.Module:
-    module = classes("sam_hq")
-    config = module.SamHQConfig(
-        vision_config={**ENCODER, "output_channels": 256},
-        prompt_encoder_config={"image_size": 128, "image_embedding_size": 8},
-        mask_decoder_config={"vit_dim": ENCODER["hidden_size"]},
-    )
-    return module.SamHQModel(config)
-
-
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     **{kind: KINDS[kind][0] for kind in KINDS},
     "unlimited_ocr": unlimited_ocr,
-    "sam_hq": sam_hq,
 }
 PATHS = {
     "unlimited_ocr": "model.vision_tower.sam_encoder",

@@ -82,6 +82,16 @@ def sam() -> nn.Module:
     return module.SamModel(config)
 
 
+def sam_hq() -> nn.Module:
+    module = classes("sam_hq")
+    config = module.SamHQConfig(
+        vision_config={**ENCODER, "output_channels": 256},
+        prompt_encoder_config={"image_size": 128, "image_embedding_size": 8},
+        mask_decoder_config={"vit_dim": ENCODER["hidden_size"]},
+    )
+    return module.SamHQModel(config)
+
+
 def sam_features(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return model.vision_encoder(pixels).last_hidden_state
 
@@ -101,6 +111,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, torch.Tenso
     "deepseek_ocr2": (deepseek_ocr2, tower_features, "deepseek-ocr-2"),
     "got_ocr2": (got_ocr2, got_features, "got-ocr2-transformers"),
     "sam": (sam, sam_features, "sam-transformers"),
+    "sam_hq": (sam_hq, sam_features, "sam-transformers"),
 }
 
 

@@ -143,7 +143,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["1024x1024"], metavar="HxW", help="image sizes in px")
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DEFAULT_DTYPES])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
-    parser.add_argument("--model", choices=MODELS, default=ENCODER, help="what is timed; default: encoder")
+    parser.add_argument("--part", choices=MODELS, default=ENCODER, help="what is timed; default: encoder")
     parser.add_argument("--contenders", nargs="+", choices=[*CONTENDERS, DROP_IN], default=[BASELINE, OURS])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -162,7 +162,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cases = [(height, width, batch) for height, width in sizes for batch in arguments.batches]
     if arguments.grid:
         cases = [(side, side, batch) for side, batch in GRID]
-    arguments.cases = [Case(*case, dtype, arguments.model) for case in cases for dtype in arguments.dtypes]
+    arguments.cases = [Case(*case, dtype, arguments.part) for case in cases for dtype in arguments.dtypes]
     arguments.memory &= not arguments.grid
     return arguments
 
@@ -573,7 +573,7 @@ def memory_of(name: str, case: Case, arguments: argparse.Namespace) -> float | N
         name,
         "--threads",
         str(arguments.threads),
-        "--model",
+        "--part",
         case.model,
     ]
     command += ["--sizes", f"{case.height_px}x{case.width_px}", "--batches", str(case.batch), "--dtypes", case.dtype]
