@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 from safetensors.torch import load_file
 
 import image_encoder_vit
@@ -111,7 +112,8 @@ def test_every_way_to_start_it_reaches_the_same_command(tmp_path: Path) -> None:
         [*module, "image_encoder_vit", "encode"],
         [*module, "image_encoder_vit.commands.encode"],
     ]
-    command = [str(tmp_path / "absent"), "--output", "features", "--device", "warp9"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "page.png")
+    command = ["page.png", "--output", "features", "--device", "warp9"]
     running = [
         subprocess.Popen([*way, *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for way in ways

@@ -21,6 +21,7 @@ from checkpoints import RECIPES, encoder_weights, folder_files, write_checkpoint
 from hub_client import Worker
 from hub_faults import Fault
 from hub_server import WRITE_TOKEN, HubServer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from image_encoder_vit.commands import main as command
@@ -415,6 +416,7 @@ def test_a_path_that_does_not_exist_is_told_at_once(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "weights").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "page.png")
     monkeypatch.chdir(tmp_path)
     assert command(["pull", missing, "out"]) == 2
     said = capsys.readouterr().err

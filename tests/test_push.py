@@ -157,7 +157,10 @@ def change_code(folder: Path) -> None:
 def change_preprocessing_code(folder: Path) -> None:
     append(
         folder / "image_processing_image_encoder_vit.py",
-        "\nhonest = to_rgb\nto_rgb = lambda *args, **kwargs: honest(*args, **kwargs).rotate(180)\n",
+        "\nhonest = to_rgb_image\n"
+        "def to_rgb_image(*args, **kwargs):\n"
+        "    found = honest(*args, **kwargs)\n"
+        "    return found._replace(image=found.image.rotate(180))\n",
     )
 
 
@@ -193,7 +196,7 @@ def poison_a_weight(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change_code, "gives other features"),
+        (change_code, "gives other last_hidden_state"),
         (change_preprocessing_code, "prepares images in another way"),
         (break_code, "a_module_that_nobody_has"),
         (break_settings, "window_size must be at least 1, got -1"),
