@@ -1,6 +1,7 @@
 """Fixtures that several tests share, and the order in which things are imported."""
 
 import os
+import sys
 
 # Before any test imports huggingface_hub, which reads it once: the tests load from folders, never from the Hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,14 @@ from fresh_python import FreshPython
 from suite_outcomes import pytest_configure, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401  Hooks.
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil, ImageEncoderViTModel
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """What a test compiles is forgotten after it: torch bounds how often one function may be compiled in a process."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture
