@@ -14,6 +14,7 @@ from builders import random_pixels, relative_error, small_model
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTModel
 from image_encoder_vit.runtimes import onnx_export
+from image_encoder_vit.runtimes.fixed_size import OUTPUT_NAMES
 from image_encoder_vit.runtimes.onnx_export import export_onnx
 from image_encoder_vit.runtimes.openvino import cpu_settings, openvino_encoder
 
@@ -77,7 +78,7 @@ def test_an_onnx_file_runs_in_both_runtimes(onnx_file: Path, batch: int) -> None
         expected = model(pixels)
         bf16_error = relative_error(small_model().bfloat16()(pixels).last_hidden_state, expected.last_hidden_state)
     session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
-    for name, values in zip(onnx_export.OUTPUT_NAMES, session.run(None, {"pixel_values": pixels.numpy()}), strict=True):
+    for name, values in zip(OUTPUT_NAMES, session.run(None, {"pixel_values": pixels.numpy()}), strict=True):
         assert relative_error(torch.from_numpy(values), expected[name]) <= BOUND
     for precision, bound in (("fp32", BOUND), ("bf16", 2 * bf16_error)):
         run = openvino.Core().compile_model(str(onnx_file), "CPU", cpu_settings(precision, 2))
