@@ -1,6 +1,7 @@
 """Equal to transformers' Unlimited-OCR with the same random weights, up to the text that its decoder generates."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -126,9 +127,21 @@ def test_the_decoder_of_transformers_generates_the_same_text_from_our_tokens() -
 
 
 @pytest.mark.full_size
-def test_full_size_equals_the_native_class_in_float32_and_bfloat16() -> None:
-    model = randomize(DeepEncoderModel(DeepEncoderConfig())).eval()
-    native = unlimited_ocr(model, num_hidden_layers=1, num_attention_heads=10, num_key_value_heads=10)
-    for name in ("tiny", "small", "base", "large", "gundam"):
+def test_full_size_equals_the_native_class() -> None:
+    model, native = full_size_pair()
+    assert max(errors(model, native, "tiny")) <= FLOAT32_BOUND
+
+
+@pytest.mark.full_size
+@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="takes many minutes: LONG_TESTS=1 runs it")
+def test_full_size_equals_the_native_class_at_every_size_and_in_bfloat16() -> None:
+    model, native = full_size_pair()
+    for name in ("small", "base", "large", "gundam"):
         assert max(errors(model, native, name)) <= FLOAT32_BOUND, name
     assert bfloat16_errors_ratio(model, native, "base") <= BFLOAT16_FACTOR
+
+
+def full_size_pair() -> tuple[DeepEncoderModel, nn.Module]:
+    """A random DeepEncoder and transformers' class, with a decoder of one layer, over the same weights."""
+    model = randomize(DeepEncoderModel(DeepEncoderConfig())).eval()
+    return model, unlimited_ocr(model, num_hidden_layers=1, num_attention_heads=10, num_key_value_heads=10)
