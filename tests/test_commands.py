@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 import image_encoder_vit
 from image_encoder_vit.commands import COMMANDS, main
@@ -148,6 +150,23 @@ def test_an_error_is_told_and_makes_the_status_2(
 def test_faults_of_the_package_keep_their_traceback() -> None:
     with pytest.raises(KeyError):
         run_command(lambda arguments: {}["absent"], Namespace(), after_interrupt="nothing was written")
+
+
+def test_the_process_is_as_it_was_before() -> None:
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_num_threads(), torch.initial_seed()
+
+    def work(arguments: Namespace) -> int:
+        assert logging.get_verbosity() == logging.ERROR
+        assert not logging.is_progress_bar_enabled()
+        torch.set_num_threads(before[2] + 1)
+        torch.manual_seed(before[3] + 1)
+        raise arguments.error
+
+    for error in (ValueError("told"), KeyboardInterrupt(), KeyError("not told")):
+        with suppress(KeyError):
+            run_command(work, Namespace(error=error), after_interrupt="nothing was written")
+        after = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_num_threads()
+        assert (*after, torch.initial_seed()) == before
 
 
 def test_an_answer_of_the_hub_is_told_without_its_address(capsys: pytest.CaptureFixture[str]) -> None:

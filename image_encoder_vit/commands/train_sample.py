@@ -69,24 +69,19 @@ def train(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, arguments.overwrite)
     phases = [phase._replace(steps=steps) for phase, steps in zip(PHASES, arguments.steps, strict=True)]
     check_numbers(arguments.pages, arguments.held_out, phases)
-    before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
-    try:
-        start = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(arguments.seed)
-            trainer = SampleTrainer(sample_config())
-            pages = draw_pages(arguments.pages, arguments.seed, processes=2)
-            print(f"Drew {len(pages)} pages in {time.perf_counter() - start:.0f} s")
-            run_training(trainer, pages, phases, arguments.seed)
-        minutes = (time.perf_counter() - start) / 60
-        print(f"Trained in {minutes:.1f} minutes; measuring")
-        held_out = [page.unpacked() for page in draw_pages(arguments.held_out, HELD_OUT_SEED, processes=2)]
-        training = {"seed": arguments.seed, "pages": arguments.pages, "steps": arguments.steps}
-        training |= {"minutes": round(minutes, 1), "threads": arguments.threads}
-        write_measured(trainer, held_out, arguments.output, training)
-    finally:
-        torch.set_num_threads(before)
+    torch.manual_seed(arguments.seed)
+    start = time.perf_counter()
+    trainer = SampleTrainer(sample_config())
+    pages = draw_pages(arguments.pages, arguments.seed, processes=2)
+    print(f"Drew {len(pages)} pages in {time.perf_counter() - start:.0f} s")
+    run_training(trainer, pages, phases, arguments.seed)
+    minutes = (time.perf_counter() - start) / 60
+    print(f"Trained in {minutes:.1f} minutes; measuring")
+    held_out = [page.unpacked() for page in draw_pages(arguments.held_out, HELD_OUT_SEED, processes=2)]
+    training = {"seed": arguments.seed, "pages": arguments.pages, "steps": arguments.steps}
+    training |= {"minutes": round(minutes, 1), "threads": arguments.threads}
+    write_measured(trainer, held_out, arguments.output, training)
     print(f"Wrote {arguments.output}")
     return 0
 
