@@ -107,8 +107,16 @@ RECIPES = {
         dtype=torch.float32,
         siblings=("mask_decoder.iou_token.weight",),
     ),
-    "vary": Recipe("got-ocr2", "model.vision_tower_high.", files="pytorch_model.bin", siblings=CLIP_AND_TEXT[:3]),
+    "vary": Recipe(
+        "got-ocr2",
+        "transformer.vision_tower_high.",
+        files="pytorch_model.bin",
+        siblings=("transformer.vision_tower.vision_model.post_layernorm.weight", "transformer.mm_projector.weight"),
+    ),
     "vary-tiny": Recipe("vary-tiny", "model.vision_tower.", files="pytorch_model.bin"),
+    "onechart": Recipe(
+        "onechart", "model.vision_tower.", siblings=("num_decoder.0.weight", "model.mm_projector.weight")
+    ),
     "deepseek-vl": Recipe(
         "deepseek-vl",
         "vision_model.vision_tower_high.vision_tower.",

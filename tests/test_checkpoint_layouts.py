@@ -70,7 +70,9 @@ def test_every_layout_is_recognised(kind: str) -> None:
         ("timm", 0.485, "mean", "bottom_right", 2, None),
         ("got-ocr2", 0.48145466, None, None, 3, False),
         ("got-ocr2-hf", 0.48145466, None, None, 3, False),
-        ("vary-tiny", 0.48145466, None, None, 3, False),
+        ("vary", 0.48145466, None, None, 3, False),
+        ("vary-tiny", 0.485, None, None, 2, False),
+        ("onechart", 0.0, None, None, 2, False),
         ("deepseek-vl", 0.48145466, [122, 116, 104], "center", 3, None),
     ],
 )
@@ -204,6 +206,19 @@ def test_an_unknown_layout_lists_what_was_found_and_looked_for() -> None:
         assert part in str(error.value)
     with pytest.raises(ValueError, match="the checkpoint is empty"):
         find_layout({})
+
+
+@pytest.mark.parametrize(
+    ("name", "relative"),
+    [
+        ("image_encoder.layers.0.blocks.0.conv1.c.weight", "MobileSAM"),
+        ("image_encoder.trunk.blocks.0.attn.qkv.weight", "SAM 2"),
+        ("vision_encoder.backbone.blocks.0.attn.qkv.weight", "SAM 2 and 3"),
+    ],
+)
+def test_relatives_with_other_encoders_are_refused_by_name(name: str, relative: str) -> None:
+    with pytest.raises(ValueError, match=f"{relative} encodes? images by"):
+        find_layout({name: (4, 4), "mask_decoder.iou_token.weight": (1, 256)})
 
 
 def test_an_unknown_prefix_is_converted_with_a_notice() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import REMOTE_CODE
+from builders import REMOTE_CODE, small_model
 from checkpoints import RECIPES, SMALL, Recipe, encoder_weights, folder_files, laid_out, write_checkpoint, write_tensors
 from hub_client import Worker, client_environment, run_script
 from hub_server import READ_TOKEN, HubServer
@@ -153,6 +153,14 @@ def test_user_errors(tmp_path: Path) -> None:
             pull(source, output, **options)
     assert only(tmp_path) == ["full", "none", "source", "two"]
     assert only(tmp_path / "full") == ["file"]
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_a_training_checkpoint_holds_the_weights_in_a_dictionary(key: str, tmp_path: Path) -> None:
+    weights = {f"encoder.{name}": value for name, value in small_model().encoder.state_dict().items()}
+    torch.save({"epoch": 3, "optimizer": {"state": {}}, key: weights}, tmp_path / "training.pth")
+    pull(tmp_path / "training.pth", tmp_path / "model")
+    assert load_file(tmp_path / "model" / "model.safetensors").keys() == weights.keys()
 
 
 def test_pickles_run_no_code(tmp_path: Path) -> None:

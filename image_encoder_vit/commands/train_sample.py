@@ -30,7 +30,7 @@ from . import extract
 from .frame import progress_bar, run_command
 from .options import add_option, check_output, command_parser
 
-PAGES, HELD_OUT_PAGES, LABELLED_PAGES = 3000, 500, 200
+PAGES, HELD_OUT_PAGES, LABELLED_PAGES = 4000, 500, 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,6 +52,22 @@ DEEPSEEK_OCR_2_IN_TRANSFORMERS = DEEPSEEK_OCR_2._replace(
 )
 # DeepSeek-OCR-2 keeps its encoder where the first one does, and other things beside it.
 SECOND_VERSIONS = {DEEPSEEK_OCR.name: DEEPSEEK_OCR_2, UNLIMITED_OCR.name: DEEPSEEK_OCR_2_IN_TRANSFORMERS}
+VARY_TINY = Family(
+    "vary-tiny",
+    "Vary-tiny",
+    ("model.vision_tower.",),
+    PUBLISHED,
+    CLIP_STRETCHED
+    | {name: SEGMENT_ANYTHING[name] for name in ("image_mean", "image_std", "resample")},  # ImageNet's, bilinear
+    None,
+    note="Vary-tiny and OneChart shrink pages by OpenCV's bilinear filter, which skips pixels, where the image "
+    "processor here weighs all of them.",
+)
+ONECHART = VARY_TINY._replace(
+    name="onechart",
+    title="OneChart",
+    preprocessing=VARY_TINY.preprocessing | {"image_mean": [0.0] * 3, "image_std": [1.0] * 3},
+)
 SAM = Family("sam", "Segment Anything", ("image_encoder.",), PUBLISHED, SEGMENT_ANYTHING, "apache-2.0")
 DEEPSEEK_VL_7B = Family(
     "deepseek-vl",
@@ -69,8 +85,16 @@ FAMILIES = (
     Family(OWN_LAYOUT, "this package", ("encoder.",), PUBLISHED, {}, None),
     DEEPSEEK_OCR,
     UNLIMITED_OCR,
-    Family("got-ocr2", "GOT-OCR2, Vary", ("model.vision_tower_high.",), PUBLISHED, CLIP_STRETCHED, None),
-    Family("vary-tiny", "Vary-tiny", ("model.vision_tower.",), PUBLISHED, CLIP_STRETCHED, None),
+    Family(
+        "got-ocr2",
+        "GOT-OCR2, Vary",
+        # Vary and Vary-toy are built on Qwen, whose layers lie below `transformer`, GOT-OCR2 on Qwen2.
+        ("model.vision_tower_high.", "transformer.vision_tower_high."),
+        PUBLISHED,
+        CLIP_STRETCHED,
+        None,
+    ),
+    VARY_TINY,
     Family(
         "got-ocr2-transformers",
         "GOT-OCR2 in transformers",
@@ -126,10 +150,7 @@ def choose_family(names: Iterable[str], prefix: str, config: ImageEncoderViTConf
     naming = naming_below(names, prefix)
     for family in FAMILIES:
         if prefix in family.prefixes and naming == family.naming:
-            is_second = config.downsample_channels[-1:] == [896] or any(
-                name.startswith("model.qwen2_model.") for name in names
-            )
-            chosen = SECOND_VERSIONS.get(family.name, family) if is_second else family
+            chosen = told_by_the_rest(family, names, config)
             return chosen, (chosen.note,) if chosen.note else ()
     closest = closest_family(config)
     unknown = closest._replace(name="unknown", title=f"unknown, like {closest.title}", naming=naming, license=None)
@@ -137,6 +158,14 @@ def choose_family(names: Iterable[str], prefix: str, config: ImageEncoderViTConf
         f"No known model keeps its encoder under {prefix!r}: assuming {closest.title}'s preprocessing. "
         "Check preprocessor_config.json.",
     )
+
+
+def told_by_the_rest(family: Family, names: list[str], config: ImageEncoderViTConfig) -> Family:
+    """The family itself, or the one that keeps its encoder in the same place and is told by what lies beside it."""
+    if family is VARY_TINY and any(name.startswith("num_decoder.") for name in names):
+        return ONECHART
+    is_second = config.downsample_channels[-1:] == [896] or any(name.startswith("model.qwen2_model.") for name in names)
+    return SECOND_VERSIONS.get(family.name, family) if is_second else family
 
 
 def closest_family(config: ImageEncoderViTConfig) -> Family:

@@ -143,6 +143,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path.name!r} is no file of plain tensors, or is damaged; it was not unpickled: {message_of(error)[:200]}"
         ) from None
+    content = without_training_state(content)
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
     ):
@@ -155,6 +156,15 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
                 "larger than the whole file."
             )
     return dict(content)
+
+
+def without_training_state(content: Any) -> Any:
+    """The weights of a training checkpoint, which holds the optimizer and counters beside them."""
+    if isinstance(content, Mapping):
+        for key in ("model", "state_dict"):
+            if isinstance(content.get(key), Mapping):
+                return content[key]
+    return content
 
 
 def check_archive(path: Path) -> None:

@@ -160,16 +160,25 @@ def choose_prefix(names: Iterable[str], prefix: str | None = None) -> str:
     return found[0]
 
 
+# By a part of a tensor's name: relatives of SAM whose image encoder is another network.
+OTHER_ENCODERS = {
+    "image_encoder.layers.0.": "MobileSAM encodes images by a TinyViT, not by SAM's ViT: nothing here can be taken.",
+    "image_encoder.trunk.": "SAM 2 encodes images by a Hiera, not by SAM's ViT: nothing here can be taken.",
+    "vision_encoder.backbone.": "SAM 2 and 3 encode images by other networks: nothing here can be taken.",
+}
+
+
 def _nothing_found(names: list[str]) -> str:
     tops = Counter(".".join(name.split(".")[:2]) for name in names)
     shown = ", ".join(f"{visible(top)}.* ({count})" for top, count in tops.most_common(MAX_NAMES_SHOWN))
     looked_for = ", ".join(
         f"{prefix or '(no prefix)'} [{family.title}]" for family in FAMILIES for prefix in family.prefixes
     )
-    return (
-        f"No encoder found among {len(names)} tensors: {shown or 'the checkpoint is empty'}. "
-        f"Looked for pos_embed, patch_embed and neck below any prefix, such as {looked_for}."
-    )
+    found = f"No encoder found among {len(names)} tensors: {shown or 'the checkpoint is empty'}."
+    for part, told in OTHER_ENCODERS.items():
+        if any(part in name for name in names):
+            return f"{found} {told}"
+    return f"{found} Looked for pos_embed, patch_embed and neck below any prefix, such as {looked_for}."
 
 
 def _unknown_names(names: Iterable[str], prefix: str, sources: Mapping[str, str]) -> list[str]:
