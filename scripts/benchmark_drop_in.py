@@ -26,9 +26,9 @@ from image_encoder_vit.commands.benchmark import (
     SEED,
     Case,
     describe_machine,
-    relative_error,
 )
 from image_encoder_vit.runtimes.drop_in import replace_sam_encoder
+from image_encoder_vit.runtimes.onnx_export import relative_error
 
 STATES = ("before", "after")
 

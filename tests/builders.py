@@ -1,6 +1,8 @@
 """Small random models, pixels and comparisons that many tests build on."""
 
+import numpy as np
 import torch
+from PIL import Image
 from small import SMALL
 from torch import nn
 
@@ -52,6 +54,13 @@ def small_model(seed: int = 0, **changes: object) -> ImageEncoderViTModel:
 def random_pixels(*shape: int, seed: int = 0) -> torch.Tensor:
     """Pixels as a processor gives them, -1 to 1."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def noise_image(height: int, width: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """An image of random pixels."""
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(pixels if channels > 1 else pixels[..., 0]).convert(mode)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

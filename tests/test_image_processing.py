@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import small_model
+from builders import noise_image, small_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -17,13 +17,6 @@ from image_encoder_vit.image_reading import open_image, to_rgb
 
 GREY = (127, 127, 127)
 SAMPLE_PAGE = Path(__file__).parent.parent / "samples" / "page.png"
-
-
-def noise_image(height: int, width: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """An image of random pixels."""
-    channels = len(Image.new(mode, (1, 1)).getbands())
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return Image.fromarray(pixels if channels > 1 else pixels[..., 0]).convert(mode)
 
 
 def reference_pixels(image: Image.Image, canvas: tuple[int, int]) -> torch.Tensor:

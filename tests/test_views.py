@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import noise_image
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
@@ -25,11 +26,6 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CENTRED = {"tiny": 512, "small": 640, "base": 1024, "large": 1280}
 TILED = {"gundam": (640, 6), "deepseek-ocr-2": (768, 6), "unlimited-ocr": (640, 32)}
 SIZES = [(341, 300), (877, 620), (500, 1300), (1700, 250), (640, 640), (641, 10), (2048, 5)]
-
-
-def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def normalised(image: Image.Image, mean_and_std: tuple[tuple[float, ...], tuple[float, ...]] = HALF) -> torch.Tensor:
@@ -298,7 +294,7 @@ def test_bad_settings_of_views_are_clear_errors(arguments: dict[str, object], me
 
 
 def test_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = [noise_image(100 + 30 * seed, 400 - 40 * seed, seed) for seed in range(6)]
+    images = [noise_image(100 + 30 * seed, 400 - 40 * seed, seed=seed) for seed in range(6)]
     paths = [tmp_path / f"{index}.png" for index in range(6)]
     for image, path in zip(images, paths, strict=True):
         image.save(path)

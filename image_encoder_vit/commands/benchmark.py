@@ -40,6 +40,7 @@ from .. import (
 from ..attention import resize_pos_embed, resize_rel_pos
 from ..runtimes.drop_in import replace_sam_encoder
 from ..runtimes.fixed_size import FixedSizeEncoder, export_program, without_exporters_warnings
+from ..runtimes.onnx_export import relative_error
 from ..runtimes.openvino import compile_for_openvino
 from ..storage.atomic_file import atomic_file
 from ..support.text import message_of
@@ -532,11 +533,6 @@ def reason_of(error: Exception) -> str:
         return message_of(RuntimeError((error.stderr or "").strip().rpartition("\n")[2] or str(error)))
     prefix = "not available: " if isinstance(error, ImportError) else f"{type(error).__name__}: "
     return prefix + message_of(error)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.to(torch.float64), expected.to(torch.float64)
-    return float((actual - expected).norm() / expected.norm())
 
 
 def count_gflop(case: Case) -> float:
