@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from image_encoder_vit.commands.benchmark import (
     BFLOAT16_FACTOR,
@@ -27,6 +26,7 @@ from image_encoder_vit.commands.benchmark import (
     Case,
     describe_machine,
 )
+from image_encoder_vit.commands.frame import run_command
 from image_encoder_vit.runtimes.drop_in import replace_sam_encoder
 from image_encoder_vit.runtimes.onnx_export import relative_error
 
@@ -46,8 +46,10 @@ class Result(NamedTuple):
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    logging.set_verbosity_error()
+    return run_command(compare, parse_arguments(), after_interrupt="what was printed stands")
+
+
+def compare(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     print(describe_machine(), flush=True)
     print(f"Unlimited-OCR's vision model, {arguments.size} x {arguments.size} px, batch 1\n", flush=True)
