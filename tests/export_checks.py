@@ -3,8 +3,6 @@
 import importlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,12 @@ import torch._dynamo.testing
 from builders import random_pixels, relative_error, small_model
 
 from image_encoder_vit import ImageEncoderViTConfig, ImageEncoderViTModel
+from image_encoder_vit.commands import export as export_command
 from image_encoder_vit.runtimes import onnx_export
 from image_encoder_vit.runtimes.fixed_size import OUTPUT_NAMES
 from image_encoder_vit.runtimes.onnx_export import export_onnx
 from image_encoder_vit.runtimes.openvino import cpu_settings, openvino_encoder
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "export_onnx.py"
 SIZE = (144, 208)
 BOUND = 1e-4
 
@@ -152,16 +150,16 @@ def test_of_two_files_none_stays_after_a_failure(
     assert left == ([] if failing == "the check" else ["encoder.onnx"])
 
 
-def test_the_script_refuses_in_one_line(model_folder: str, tmp_path: Path) -> None:
+def test_the_command_refuses_in_one_line(model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([model_folder, str(tmp_path / "a.onnx"), "--size", "100x64"], "multiples of patch_size=16"),
-        ([model_folder, str(SCRIPT)], "exists already"),
+        ([model_folder, str(Path(__file__))], "exists already"),
     ):
-        result = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
-        assert result.returncode == 2
-        assert result.stderr.startswith("error: ")
-        assert result.stderr.count("\n") == 1
-        assert message in result.stderr
+        assert export_command.main(arguments) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ")
+        assert told.count("\n") == 1
+        assert message in told
     assert not list(tmp_path.iterdir())
 
 

@@ -1,11 +1,11 @@
-"""The main job as a user runs it: scripts/encode.py."""
+"""The main job as a user runs it: `image-encoder-vit encode`, and scripts/encode.py against a Hub."""
 
+import contextlib
+import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from image_encoder_vit import ImageEncoderViTImageProcessorPil
+from image_encoder_vit.commands import encode as command
 from image_encoder_vit.corpora.pictures import pca_to_rgb
 
 pytest_plugins = ["hub_fixtures"]
@@ -26,10 +27,15 @@ ROOT = Path(__file__).parent.parent
 SAMPLE_PAGE = ROOT / "samples" / "page.png"
 
 
-def encode(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts" / "encode.py", *map(str, arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=ROOT)
+def encode(*arguments: object) -> CompletedProcess[str]:
+    """As the command does it, in this process: each new one would import torch again."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            status = command.main([*map(str, arguments)])
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return CompletedProcess([], status, out.getvalue(), errors.getvalue())
 
 
 @pytest.fixture
