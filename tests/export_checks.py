@@ -18,6 +18,7 @@ from image_encoder_vit.runtimes.onnx_export import export_onnx
 from image_encoder_vit.runtimes.openvino import cpu_settings, openvino_encoder
 
 SIZE = (144, 208)
+LONG = pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="LONG_TESTS=1 runs it")
 BOUND = 1e-4
 
 
@@ -210,7 +211,7 @@ def test_openvino_refuses_what_it_cannot_do() -> None:
 
 
 @pytest.mark.full_size
-@pytest.mark.parametrize("side_px", [640, 1024])
+@pytest.mark.parametrize("side_px", [pytest.param(640, marks=LONG), 1024])
 def test_an_onnx_file_of_full_width(side_px: int, tmp_path: Path) -> None:
     """All widths and sizes of the full encoder; two of its twelve blocks, one of each kind."""
     needs("onnx", "onnxscript", "onnxruntime")
