@@ -69,6 +69,24 @@ def test_a_command_without_its_extra_names_it(
     assert shown.startswith("error: package_of_an_extra is not installed: it comes with the extra 'corpora'")
 
 
+def test_help_needs_no_extra() -> None:
+    extras = ["pyarrow", "datasets", "peft", "matplotlib", "onnx", "onnxruntime", "openvino", "pypdfium2", "faiss"]
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({extras}))\n"
+        "from image_encoder_vit.commands import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    try:\n"
+        "        status = main([name, '--help'])\n"
+        "    except SystemExit as stopped:\n"
+        "        status = stopped.code\n"
+        "    assert status == 0, name\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("usage: image-encoder-vit ") == len(COMMANDS)
+
+
 def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from image_encoder_vit import FeatureMap
 from image_encoder_vit.commands import extract
 from image_encoder_vit.commands import search as command
+from image_encoder_vit.commands.searching import FRAME_COLOR
 from image_encoder_vit.corpora.pooled_vectors import POOLED_FILE, cells_of, pooled_vectors, whitening
 from image_encoder_vit.corpora.search import Hit, Query, query_of_page, search
 from image_encoder_vit.corpora.store import FeatureStore, check_manifest, merge, shard_name, write_unit
@@ -316,7 +317,7 @@ def test_the_command_draws_and_prints_json(
         assert 0 <= top < bottom <= 260
         assert 0 <= left < right <= 200
     with Image.open(drawn) as picture:
-        frame_pixels = sum(pixel == command.FRAME_COLOR for pixel in picture.convert("RGB").get_flattened_data())
+        frame_pixels = sum(pixel == FRAME_COLOR for pixel in picture.convert("RGB").get_flattened_data())
     assert frame_pixels > 500
     assert [path.name for path in tmp_path.iterdir()] == ["hits.png"]
 

@@ -15,13 +15,8 @@ from torch import Tensor
 
 from ..feature_maps import FeatureMap
 from .pooled_vectors import Cells, PooledVectors, Track, cells_of, feature_map, pooled_vectors
+from .search_modes import CELL, LATE, MODES, POOLED, RERANKED, SHORTLIST_PAGES, Box
 from .store import FeatureStore
-
-Box = tuple[float, float, float, float]  # top, left, bottom, right in px of the original image
-
-POOLED, CELL, LATE, RERANKED = "pooled", "cell", "late", "reranked"
-MODES = (RERANKED, POOLED, CELL, LATE)
-SHORTLIST_PAGES = 50
 
 
 class Query(NamedTuple):

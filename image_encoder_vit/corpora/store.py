@@ -115,6 +115,12 @@ class Plan:
     def page(self, position: int) -> Page:
         return Page(**self.table.slice(position, 1).to_pylist()[0])
 
+    def find(self, source: str, page: int | None) -> Page | None:
+        """The page with this number of this file."""
+        is_it = compute.and_(compute.equal(self.table["source"], source), compute.equal(self.table["page"], page))
+        position = compute.index(is_it, True).as_py()
+        return self.page(position) if position >= 0 else None
+
 
 def write_plan(folder: Path, pages: Iterable[Page]) -> str:
     """
