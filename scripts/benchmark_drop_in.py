@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Times Unlimited-OCR's whole vision model, CLIP-L included, before and after `replace_sam_encoder`.
+"""Times whole vision models of transformers before and after `replace_sam_encoder`: Unlimited-OCR's, CLIP-L included,
+and those of PaddleOCR's table and formula recognisers.
 
 Full size with random weights, one image. It is one model: each round undoes the replacement, times a forward pass,
 replaces and times another. The results must agree first; where they do not, no number is printed.
@@ -33,6 +34,34 @@ from image_encoder_vit.runtimes.onnx_export import relative_error
 STATES = ("before", "after")
 
 
+class Owner(NamedTuple):
+    """A vision model with SAM's encoder in it: its class and configuration in transformers."""
+
+    title: str
+    module: str
+    configuration: str
+    model: str
+    size_px: int  # PaddleOCR's take this one only.
+
+
+OWNERS = {
+    "unlimited-ocr": Owner("Unlimited-OCR's", "unlimited_ocr", "UnlimitedOcrConfig", "UnlimitedOcrVisionModel", 1024),
+    "slanext": Owner("SLANeXt's", "slanext", "SLANeXtConfig", "SLANeXtBackbone", 512),
+    "pp-formulanet": Owner("PP-FormulaNet's", "pp_formulanet", "PPFormulaNetConfig", "PPFormulaNetVisionModel", 512),
+}
+
+
+class Held(nn.Module):
+    """A vision model as a part of another: the drop-in puts an encoder into something, and PP-FormulaNet's is one."""
+
+    def __init__(self, vision: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, pixels: Tensor) -> Any:
+        return self.vision(pixels)
+
+
 class Result(NamedTuple):
     """Seconds of whole forward passes; `ratio` is the median of the rounds' ratios, errors are against float32."""
 
@@ -52,15 +81,17 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     print(describe_machine(), flush=True)
-    print(f"Unlimited-OCR's vision model, {arguments.size} x {arguments.size} px, batch 1\n", flush=True)
+    owner = OWNERS[arguments.model]
+    size = arguments.size or owner.size_px
+    print(f"{owner.title} vision model, {size} x {size} px, batch 1\n", flush=True)
     print("| precision | before, s | after, s | x before | spread | SAM encoder alone, x before | error |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    model = random_vision_model()
-    exact = vision_tokens(model, Case(arguments.size, arguments.size, 1, "float32").pixels)
+    model = random_vision_model(owner)
+    exact = vision_tokens(model, Case(size, size, 1, "float32").pixels)
     results = []
     failed = False
     for dtype in sorted(arguments.dtypes, key=list(DTYPES).index):  # The weights lose precision on the way.
-        outcome = benchmark(model.to(DTYPES[dtype]), Case(arguments.size, arguments.size, 1, dtype), exact, arguments)
+        outcome = benchmark(model.to(DTYPES[dtype]), Case(size, size, 1, dtype), exact, arguments.rounds)
         if isinstance(outcome, str):
             failed = True
             print(f"refused: {dtype}: {outcome}")
@@ -76,14 +107,20 @@ def compare(arguments: argparse.Namespace) -> int:
             flush=True,
         )
     if arguments.json:
-        report = {"machine": describe_machine(), "size_px": arguments.size, "results": [r._asdict() for r in results]}
+        report = {
+            "machine": describe_machine(),
+            "model": arguments.model,
+            "size_px": size,
+            "results": [r._asdict() for r in results],
+        }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     return 1 if failed else 0
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=1024, help="side of the image in px")
+    parser.add_argument("--model", choices=OWNERS, default="unlimited-ocr", help="default: unlimited-ocr")
+    parser.add_argument("--size", type=int, help="side of the image in px (default: 1024, of the others 512)")
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -91,12 +128,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_vision_model() -> Any:
-    """The vision model of Unlimited-OCR in float32, seeded; positions as large as a trained model's."""
-    module = importlib.import_module("transformers.models.unlimited_ocr")
+def random_vision_model(owner: Owner) -> Any:
+    """The vision model in float32, seeded; positions as large as a trained model's."""
+    module = importlib.import_module(f"transformers.models.{owner.module}")
     torch.manual_seed(SEED)
-    config = module.UnlimitedOcrConfig().vision_config
-    model = importlib.import_module(f"{module.__name__}.modeling_unlimited_ocr").UnlimitedOcrVisionModel(config).eval()
+    config = getattr(module, owner.configuration)()
+    if owner.model.endswith("VisionModel"):
+        config = config.vision_config
+    classes = importlib.import_module(f"{module.__name__}.modeling_{owner.module}")
+    model = getattr(classes, owner.model)(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "pos" in name:
@@ -105,7 +145,7 @@ def random_vision_model() -> Any:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model
+    return Held(model)
 
 
 @torch.inference_mode()
@@ -115,11 +155,12 @@ def vision_tokens(model: nn.Module, pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def benchmark(model: Any, case: Case, exact: Tensor, arguments: argparse.Namespace) -> Result | str:
+def benchmark(model: Any, case: Case, exact: Tensor, rounds: int) -> Result | str:
     """The result in one precision, or why there is none."""
     pixels = case.pixels
     error = {"before": relative_error(vision_tokens(model, pixels), exact)}
     replaced = replace_sam_encoder(model)
+    (path,) = replaced.originals
     error["after"] = relative_error(vision_tokens(model, pixels), exact)
     replaced.undo()
     bound = FLOAT32_BOUND if case.dtype == "float32" else BFLOAT16_FACTOR * error["before"]
@@ -128,10 +169,10 @@ def benchmark(model: Any, case: Case, exact: Tensor, arguments: argparse.Namespa
 
     seconds: dict[str, list[float]] = {state: [] for state in STATES}
     encoder_seconds: dict[str, list[float]] = {state: [] for state in STATES}
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         for state in STATES:
             drop_in = replace_sam_encoder(model) if state == "after" else None
-            for module, into in ((model, seconds), (model.sam_encoder, encoder_seconds)):
+            for module, into in ((model, seconds), (model.get_submodule(path), encoder_seconds)):
                 time.sleep(PAUSE_S)
                 start = time.perf_counter()
                 module(pixels)

@@ -19,7 +19,7 @@ from image_encoder_vit.runtimes.drop_in import find_sam_encoders, replace_sam_en
 def tower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A small vision model in place of the full-size one, and arguments that fit it."""
     model = built("unlimited_ocr").model.vision_tower
-    monkeypatch.setattr(benchmark_drop_in, "random_vision_model", lambda: model)
+    monkeypatch.setattr(benchmark_drop_in, "random_vision_model", lambda owner: model)
     arguments = ["--size", "128", "--rounds", "2", "--dtypes", "float32", "--json", str(tmp_path / "report.json")]
     monkeypatch.setattr(sys, "argv", ["benchmark_drop_in.py", *arguments, "--threads", str(torch.get_num_threads())])
     return model
@@ -50,10 +50,18 @@ def test_a_drop_in_that_differs_gets_no_number(
 
 
 @pytest.mark.full_size
-def test_the_full_size_model_is_unlimited_ocr_s_own() -> None:
-    pytest.importorskip("transformers.models.unlimited_ocr")
+@pytest.mark.parametrize(
+    ("name", "encoder", "parameters"),
+    [
+        ("unlimited-ocr", "vision.sam_encoder", 400e6),
+        ("slanext", "vision.vision_tower", 90e6),
+        ("pp-formulanet", "vision", 96e6),
+    ],
+)
+def test_the_full_size_models_are_transformers_own(name: str, encoder: str, parameters: float) -> None:
+    owner = benchmark_drop_in.OWNERS[name]
+    pytest.importorskip(f"transformers.models.{owner.module}")
     with torch.device("meta"):
-        model = benchmark_drop_in.random_vision_model()
-    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in model.children()]
-    assert sizes[0] == 95_569_152
-    assert 300e6 < sizes[1] < 310e6  # CLIP-L
+        model = benchmark_drop_in.random_vision_model(owner)
+    assert list(find_sam_encoders(model)) == [encoder]
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.03)
