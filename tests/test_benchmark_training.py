@@ -1,5 +1,6 @@
 """`benchmark --train`: gradients first, and what it measures of a step."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from builders import small_model
 from native import native_twin
 from torch import nn
 
-from image_encoder_vit.commands import benchmark_training
+from image_encoder_vit.commands import benchmark, benchmark_training
 from image_encoder_vit.commands.benchmark import Case, FirstOutput
 from image_encoder_vit.commands.benchmark_training import BASELINE, OURS, Contender, Step
 
@@ -40,7 +41,7 @@ def test_nothing_is_measured_where_gradients_differ(capsys: pytest.CaptureFixtur
         return model
 
     with pytest.raises(ArithmeticError, match=r"differs from transformers' by .*: nothing is measured"):
-        benchmark_training.compare_training([CASE], {OURS: wrong, BASELINE: theirs}, 1, 1, "none")
+        list(benchmark_training.compare_training([CASE], {OURS: wrong, BASELINE: theirs}, 1, 1, "none"))
     assert not capsys.readouterr().out
 
 
@@ -67,3 +68,19 @@ def test_the_table_compares_each_with_its_own_kind(
     assert [row["memory_ratio"] for row in report["results"]] == [1, pytest.approx(1 / 3), 1, 0.25]
     assert [row["speedup"] for row in report["results"]] == [1, pytest.approx(3), 1, pytest.approx(4)]
     assert f"| {OURS}, gradient checkpointing | 100 | 0.25 | 1.00 | 4.00 |" in capsys.readouterr().out
+
+
+def test_the_command_writes_each_case_and_ends_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(benchmark_training, "_step_in_a_process", lambda *_: Step(1.0, 1.0, 1.0))
+    monkeypatch.setattr(benchmark_training, "gradient_errors", lambda builds: {"pos_embed": 1e-6})
+    report = tmp_path / "report.json"
+    arguments = ["--train", "--sizes", "64x64", "--batches", "1", "2", "--dtypes", "float32", "--json", str(report)]
+    assert benchmark.main(arguments) == 0
+    assert [entry["case"]["batch"] for entry in json.loads(report.read_text())["cases"]] == [1, 2]
+
+
+@pytest.mark.parametrize("option", [["--grid"], ["--plot", "bars.png"]])
+def test_training_has_no_grid_and_no_bars(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--train", *option])
+    assert f"--train does not go with {option[0]}" in capsys.readouterr().err

@@ -122,13 +122,8 @@ def compare(arguments: argparse.Namespace) -> int:
         return 0
     print(describe_machine(), flush=True)
     report: dict[str, Any] = {"machine": describe_machine(), "cases": []}
-    if arguments.train:
-        report["cases"] = compare_training(arguments.cases, TRAINED, arguments.rounds, arguments.threads, MODULE)
-    for case in () if arguments.train else arguments.cases:
-        print(f"\n{case}", flush=True)
-        results, refused = benchmark(case, arguments)
-        print_table(results, refused)
-        report["cases"].append({"case": case._asdict(), "results": [r._asdict() for r in results], "refused": refused})
+    for entry in measured(arguments):
+        report["cases"].append(entry)
         if arguments.json:
             with atomic_file(arguments.json) as path:
                 path.write_text(json.dumps(report, indent=2) + "\n")
@@ -136,7 +131,19 @@ def compare(arguments: argparse.Namespace) -> int:
         print_grid(report["cases"])
     if arguments.plot:
         plot(report, arguments.plot)
-    return 1 if any(entry["refused"] for entry in report["cases"]) else 0
+    return 1 if any(entry.get("refused") for entry in report["cases"]) else 0
+
+
+def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the report says of each case, as it comes."""
+    if arguments.train:
+        yield from compare_training(arguments.cases, TRAINED, arguments.rounds, arguments.threads, MODULE)
+        return
+    for case in arguments.cases:
+        print(f"\n{case}", flush=True)
+        results, refused = benchmark(case, arguments)
+        print_table(results, refused)
+        yield {"case": case._asdict(), "results": [result._asdict() for result in results], "refused": refused}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,6 +166,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--measure-training", help=argparse.SUPPRESS)
     parser.add_argument("--measure-memory", choices=[*CONTENDERS, DROP_IN], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    for name in ("grid", "plot"):
+        if arguments.train and getattr(arguments, name):
+            parser.error(f"--train does not go with --{name}")
     sizes = [[int(side) for side in size.split("x")] for size in arguments.sizes]
     cases = [(height, width, batch) for height, width in sizes for batch in arguments.batches]
     if arguments.grid:

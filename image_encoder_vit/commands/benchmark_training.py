@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,9 +49,9 @@ CONTENDERS = [Contender(name, is_checkpointed) for is_checkpointed in (False, Tr
 
 def compare_training(
     cases: Sequence[Any], builds: dict[str, Build], rounds: int, threads: int, module: str
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """
-    Prints a table for each case and returns what it says. Each step is made in a fresh process of `module`, which
+    Prints a table for each case and gives what it says. Each step is made in a fresh process of `module`, which
     calls `measure_step` with the arguments `--measure-training`, contender by contender in each round.
 
     Raises:
@@ -62,15 +62,13 @@ def compare_training(
     if not error <= GRADIENT_BOUND:
         raise ArithmeticError(f"The gradient of {name} differs from transformers' by {error:.1e}: nothing is measured.")
     print(f"gradients agree: relative difference {error:.1e} at most, of {len(errors)} weights", flush=True)
-    report = []
     for case in cases:
         print(f"\ntraining, {case}", flush=True)
         steps: dict[Contender, list[Step]] = {contender: [] for contender in CONTENDERS}
         for _ in range(rounds):
             for contender in CONTENDERS:
                 steps[contender].append(_step_in_a_process(contender, case, threads, module))
-        report.append({"case": case._asdict(), "results": _print_table(steps)})
-    return report
+        yield {"case": case._asdict(), "results": _print_table(steps)}
 
 
 def gradient_errors(builds: dict[str, Build]) -> dict[str, float]:
