@@ -159,13 +159,13 @@ def test_it_tells_layout_classes_on_pages_it_has_not_seen(held_out_pages: list[D
     torch.manual_seed(0)
     random_model = ImageEncoderViTModel(sample_config()).eval()
     measures = cell_measures(held_out_pages[:32], load_processor("sample"), load_model("sample"), random_model)
-    # Few pages have a table or a formula: the means are lower than those of 200 pages, and less sure.
-    assert measures["sample"]["16"]["mean"] >= 0.55
-    assert measures["sample"]["64"]["mean"] >= 0.58
+    # Few pages have a table or a formula: the means are less sure than those of 200 pages.
+    assert measures["sample"]["16"]["mean"] >= 0.82
+    assert measures["sample"]["64"]["mean"] >= 0.82
     for stride in ("16", "64"):
         for baseline in ("random", "colors"):
-            assert measures["sample"][stride]["mean"] >= measures[baseline][stride]["mean"] + 0.1
-        for kind in ("photo", "paper", "outside"):
+            assert measures["sample"][stride]["mean"] >= measures[baseline][stride]["mean"] + 0.3
+        for kind in ("text", "photo", "paper", "outside"):
             assert measures["sample"][stride][kind] >= 0.75, (stride, kind)
 
 
@@ -178,12 +178,12 @@ def test_it_finds_a_page_again_by_the_default_mode_of_a_search(held_out_pages: l
 def test_the_measures_that_came_with_the_sample_hold_their_bounds() -> None:
     """Measured by the training script on 500 pages of another seed; beside random weights and the cells' colours."""
     measures = json.loads((SAMPLE_FOLDER / "measures.json").read_text())
-    assert measures["sample"]["16"]["mean"] >= 0.64
-    assert measures["sample"]["64"]["mean"] >= 0.78
+    assert measures["sample"]["16"]["mean"] >= 0.82
+    assert measures["sample"]["64"]["mean"] >= 0.85
     for stride in ("16", "64"):
-        for kind in ("photo", "paper", "outside"):
+        for kind in ("text", "photo", "paper", "outside"):
             assert measures["sample"][stride][kind] >= 0.8
         for baseline in ("random", "colors"):
-            assert measures["sample"][stride]["mean"] > measures[baseline][stride]["mean"] + 0.15
+            assert measures["sample"][stride]["mean"] > measures[baseline][stride]["mean"] + 0.4
     assert measures["found_again"]["pages"] == 500
     assert measures["found_again"]["recall@1"] >= 0.85

@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--held-out", type=int, default=HELD_OUT_PAGES, help=f"pages to measure on (default: {HELD_OUT_PAGES})"
     )
-    parser.add_argument("--threads", type=int, default=1, help="that train; another process draws (default: 1)")
+    parser.add_argument("--threads", type=int, default=2, help="that train; another process draws (default: 2)")
     return parser.parse_args(argv)
 
 
