@@ -122,7 +122,7 @@ def test_what_transformers_saves_of_unlimited_ocr(tmp_path: Path) -> None:
     ("kind", "message"),
     [
         ("deepseek-ocr-2", "It is DeepSeek-OCR-2's: what reads SAM's features there is a Qwen2, not CLIP"),
-        ("got-ocr2", "GOT-OCR2 and Vary hand SAM's features to one linear layer; there is no CLIP in them."),
+        ("got-ocr2", "GOT-OCR2 and Vary hand SAM's features to one linear layer; no CLIP reads them."),
         ("got-ocr2-hf", "GOT-OCR2 and Vary hand SAM's features to one linear layer"),
         ("vary", "GOT-OCR2 and Vary hand SAM's features"),
         ("sam-pth", "Segment Anything has a mask decoder after its encoder; there is no CLIP in it."),

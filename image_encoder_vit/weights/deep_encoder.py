@@ -83,8 +83,8 @@ def _instead(names: set[str], sam_prefix: str) -> str:
             "the model by save_pretrained, which writes the published names, and pull from that folder."
         )
     got = ("mm_projector_vary", f"{PROJECTOR}conv_upsampler")
-    if sam_prefix.startswith("model.vision_tower_high.") or any(part in name for part in got for name in names):
-        return f"GOT-OCR2 and Vary hand SAM's features to one linear layer; there is no CLIP in them. {alone}"
+    if sam_prefix.endswith("vision_tower_high.") or any(part in name for part in got for name in names):
+        return f"GOT-OCR2 and Vary hand SAM's features to one linear layer; no CLIP reads them. {alone}"
     if any(name.startswith(("mask_decoder.", "prompt_encoder.")) for name in names) or "image_encoder." in sam_prefix:
         return f"Segment Anything has a mask decoder after its encoder; there is no CLIP in it. {alone}"
     return (
