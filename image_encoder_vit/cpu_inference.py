@@ -25,7 +25,7 @@ from .recomputation import fits_trained_linear, trained_linear
 # may be loaded in the same process, and share neither with another version.
 INTERFACE = 2
 MIN_TOKENS_IN_ONEDNN = 64  # Below, setting up a product there costs more than it saves.
-ROWS_PER_CAST = 1024  # Tokens whose low precision is spread into float32 at a time: 12 MB behind lin1.
+ROWS_PER_CAST = 512  # Tokens whose low precision is spread into float32 at a time: 6 MB behind lin1.
 # Logits that exist at a time: 8 MB in float32, those of a head and 512 queries at 1024 x 1024 px.
 LOGITS_PER_CHUNK = 1 << 21
 RECORDERS = "transformers.utils.output_capturing"  # Its hooks stay where they were once needed, and then do nothing.
