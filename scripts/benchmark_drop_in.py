@@ -35,19 +35,18 @@ STATES = ("before", "after")
 
 
 class Owner(NamedTuple):
-    """A vision model with SAM's encoder in it: its class and configuration in transformers."""
+    """A vision model with SAM's encoder in it: its class in transformers."""
 
     title: str
     module: str
-    configuration: str
     model: str
     size_px: int  # PaddleOCR's take this one only.
 
 
 OWNERS = {
-    "unlimited-ocr": Owner("Unlimited-OCR's", "unlimited_ocr", "UnlimitedOcrConfig", "UnlimitedOcrVisionModel", 1024),
-    "slanext": Owner("SLANeXt's", "slanext", "SLANeXtConfig", "SLANeXtBackbone", 512),
-    "pp-formulanet": Owner("PP-FormulaNet's", "pp_formulanet", "PPFormulaNetConfig", "PPFormulaNetVisionModel", 512),
+    "unlimited-ocr": Owner("Unlimited-OCR's", "unlimited_ocr", "UnlimitedOcrVisionModel", 1024),
+    "slanext": Owner("SLANeXt's", "slanext", "SLANeXtBackbone", 512),
+    "pp-formulanet": Owner("PP-FormulaNet's", "pp_formulanet", "PPFormulaNetVisionModel", 512),
 }
 
 
@@ -130,13 +129,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def random_vision_model(owner: Owner) -> Any:
     """The vision model in float32, seeded; positions as large as a trained model's."""
-    module = importlib.import_module(f"transformers.models.{owner.module}")
+    module = importlib.import_module(f"transformers.models.{owner.module}.modeling_{owner.module}")
+    model_class = getattr(module, owner.model)
     torch.manual_seed(SEED)
-    config = getattr(module, owner.configuration)()
-    if owner.model.endswith("VisionModel"):
-        config = config.vision_config
-    classes = importlib.import_module(f"{module.__name__}.modeling_{owner.module}")
-    model = getattr(classes, owner.model)(config).eval()
+    model = model_class(model_class.config_class()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "pos" in name:

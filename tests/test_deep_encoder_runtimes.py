@@ -117,10 +117,10 @@ assert max(range(3), key=scores.__getitem__) == 1 and scores[1] > 0.9999, scores
 def test_the_benchmark_times_the_whole_deep_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers.models.unlimited_ocr")
     arguments = ["--part", "deep-encoder", "--sizes", "128x128", "--dtypes", "float32", "--rounds", "1", "--no-memory"]
-    arguments += ["--contenders", benchmark.OURS, "--json", str(tmp_path / "report.json")]
+    arguments += ["--contenders", benchmark.OURS, benchmark.DROP_IN, "--json", str(tmp_path / "report.json")]
     assert benchmark.main(arguments) == 0
     results = json.loads((tmp_path / "report.json").read_text())["cases"][0]["results"]
-    assert [result["contender"] for result in results] == [benchmark.BASELINE, benchmark.OURS]
+    assert [result["contender"] for result in results] == [benchmark.BASELINE, benchmark.OURS, benchmark.DROP_IN]
     assert max(result["error"] for result in results) <= 1e-5
     assert "deep-encoder, 128 x 128 px" in capsys.readouterr().out
 

@@ -33,7 +33,7 @@ from .loading import (
     shown_name,
     warning_of,
 )
-from .options import DTYPES, add_option, check_output, command_parser
+from .options import DTYPES, add_option, check_output, command_parser, picture_format
 
 MAX_PLOT_ROWS = 16
 PANEL_WIDTH_PX = 420
@@ -106,7 +106,7 @@ def encode(arguments: argparse.Namespace) -> int:
         print(f"Wrote the features of {job.encoded} image(s) to {visible(str(arguments.output))}")
         if arguments.plot:
             with atomic_file(arguments.plot) as partial:
-                draw(job.pictures, arguments.checkpoint).save(partial, format=format_of(arguments.plot))
+                draw(job.pictures, arguments.checkpoint).save(partial, format=picture_format(arguments.plot))
             print(f"Drew {len(job.pictures)} of {job.encoded} image(s) to {visible(str(arguments.plot))}")
     failures = job.failures + len(missing)
     if job.stopped:
@@ -125,7 +125,7 @@ def check_outputs(output: Path, plot: Path | None) -> None:
         ValueError, OSError: If not, naming the file.
     """
     if plot is not None:
-        format_of(plot)
+        picture_format(plot)
         if plot.absolute() == output.absolute():
             raise ValueError(f"--output and --plot are the same file, {str(output)!r}.")
     for path in (output, plot):
@@ -142,14 +142,6 @@ def check_outputs(output: Path, plot: Path | None) -> None:
                 raise PermissionError(f"{str(above)!r} cannot be written to")
         except OSError as error:
             raise OSError(f"Cannot write {str(path)!r}: {error.strerror or error}") from error
-
-
-def format_of(path: Path) -> str:
-    """The picture format of a file name. Raises a ValueError for one that PIL does not write."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"--plot {str(path)!r}: unknown kind of picture; use a name such as page.png.")
-    return str(kind)
 
 
 def find_images(arguments: Sequence[str], outputs: set[Path | None]) -> tuple[list[Page], list[str]]:

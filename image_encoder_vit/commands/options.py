@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..image_presets import PRESETS
 
@@ -53,3 +54,16 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise FileExistsError(f"{str(path)!r} exists already: add --overwrite to replace it, or choose another name.")
+
+
+def picture_format(path: Path) -> str:
+    """
+    The format of a picture by the name of its file.
+
+    Raises:
+        ValueError: If Pillow writes none of that name.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"--plot {str(path)!r}: unknown kind of picture; use a name such as page.png.")
+    return str(kind)

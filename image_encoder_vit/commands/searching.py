@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..corpora.store import PLAN_FILE, WORK, FeatureStore, Plan
 from ..image_processing_image_encoder_vit import ImageEncoderViTImageProcessorPil
 from ..storage.atomic_file import atomic_file
 from .loading import choose_device, load_model
-from .options import DTYPES
+from .options import DTYPES, picture_format
 
 FRAME_COLOR, MISSING_COLOR = (230, 30, 90), (225, 225, 228)
 SHEET_COLUMNS, PANEL_PX = 6, 320
@@ -38,7 +37,7 @@ def find_and_show(arguments: argparse.Namespace, mode: str) -> str:
     hits = search(store, query, mode=mode, top=arguments.top, shortlist=arguments.shortlist, track=with_progress)
     if arguments.plot:
         with atomic_file(arguments.plot) as partial:
-            draw(store, arguments, page, hits).save(partial, format_of(arguments.plot))
+            draw(store, arguments, page, hits).save(partial, picture_format(arguments.plot))
     return as_json(store, arguments.query, mode, hits) if arguments.json else as_table(hits)
 
 
@@ -202,11 +201,3 @@ class StoredPages:
             return None
         row = self.store.row(page_id)
         return self.plan.find(row["source"], row["page"])
-
-
-def format_of(path: Path) -> str:
-    """The picture format of a file name. Raises a ValueError for one that PIL does not write."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"--plot {str(path)!r}: unknown kind of picture; use a name such as hits.png.")
-    return str(kind)

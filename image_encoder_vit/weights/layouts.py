@@ -31,6 +31,12 @@ from .naming import MAX_NAMES_SHOWN, TRANSFORMERS, encoder_prefixes, listed, wei
 
 # A name below one of these belongs to the encoder's own path, so one that we do not know means another architecture.
 OWN_MODULES = ("patch_embed", "blocks", "layers", "neck", "proj")
+# By a part of a tensor's name: relatives of SAM whose image encoder is another network.
+OTHER_ENCODERS = {
+    "image_encoder.layers.0.": "MobileSAM encodes images by a TinyViT, not by SAM's ViT: nothing here can be taken.",
+    "image_encoder.trunk.": "SAM 2 encodes images by a Hiera, not by SAM's ViT: nothing here can be taken.",
+    "vision_encoder.backbone.": "SAM 2 and 3 encode images by other networks: nothing here can be taken.",
+}
 # What can be taken out of a checkpoint.
 ENCODER_PART, DEEP_ENCODER_PART = PARTS = ("encoder", "deep-encoder")
 
@@ -158,14 +164,6 @@ def choose_prefix(names: Iterable[str], prefix: str | None = None) -> str:
     if not found:
         raise ValueError(_nothing_found(names))
     return found[0]
-
-
-# By a part of a tensor's name: relatives of SAM whose image encoder is another network.
-OTHER_ENCODERS = {
-    "image_encoder.layers.0.": "MobileSAM encodes images by a TinyViT, not by SAM's ViT: nothing here can be taken.",
-    "image_encoder.trunk.": "SAM 2 encodes images by a Hiera, not by SAM's ViT: nothing here can be taken.",
-    "vision_encoder.backbone.": "SAM 2 and 3 encode images by other networks: nothing here can be taken.",
-}
 
 
 def _nothing_found(names: list[str]) -> str:
