@@ -125,14 +125,11 @@ def sdpa_attention(
 ) -> Tensor:
     """
     The same through PyTorch's scaled_dot_product_attention, `queries_per_chunk` at a time, so that no more of the bias
-    exists at once; in training through `recomputed_attention`, since PyTorch would keep all of it. Shapes as in
-    `eager_attention`; returns (B, N, Q, D).
+    exists at once. Shapes as in `eager_attention`; returns (B, N, Q, D).
     """
     if relative is None:
         return F.scaled_dot_product_attention(query, key, value)
     rel_h, rel_w = relative
-    if is_trained(query, key, value, rel_h, rel_w):
-        return recomputed_attention(query, key, value, rel_h, rel_w)
     chunks = [slice(start, start + queries_per_chunk) for start in range(0, query.shape[2], queries_per_chunk)]
     attended = [
         F.scaled_dot_product_attention(
@@ -193,25 +190,27 @@ def attend(
     """
     height, width = qkv.shape[1:3]
     how, dtype = choose_attention(qkv, tables, num_heads, window_size, implementation)
-    if how == "kernel":
+    if how in ("kernel", "chunks"):
         assert tables is not None
-        table_h = resize_rel_pos(tables.height, window_size or height).to(dtype)
-        table_w = resize_rel_pos(tables.width, window_size or width).to(dtype)
+        table_h = resize_rel_pos(tables.height, window_size or height)
+        table_w = resize_rel_pos(tables.width, window_size or width)
+        if how == "chunks":
+            return chunked_attention(qkv, padding, table_h, table_w, num_heads, window_size), None
         padding = None if padding is None else padding.to(dtype)
-        attended = kernel_attention(qkv.to(dtype), padding, table_h, table_w, num_heads, window_size)
-        return attended.to(qkv.dtype), None
+        operands = qkv.to(dtype), padding, table_h.to(dtype), table_w.to(dtype)
+        return kernel_attention(*operands, num_heads, window_size).to(qkv.dtype), None
     if window_size:
         qkv = window_partition(qkv, window_size, padding)
     grid = qkv.shape[1], qkv.shape[2]
     by_head = qkv.flatten(1, 2).unflatten(2, (3, num_heads, -1))
     query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, H * W, D) each
+    query, key, value = (part.to(dtype) for part in (query, key, value))
     weights = None
-    if how == "chunks":
+    if how == "recomputed":
         assert tables is not None
-        positions_h, positions_w = (relative_positions(*table) for table in zip(tables, grid, strict=True))
-        attended = chunked_attention(query, key, value, positions_h, positions_w, dtype)  # (B, H * W, N, D)
+        resized = (resize_rel_pos(*table) for table in zip(tables, grid, strict=True))
+        attended = recomputed_attention(query, key, value, *resized)
     else:
-        query, key, value = (part.to(dtype) for part in (query, key, value))
         relative = None
         if tables is not None:
             relative = relative_logits(query, tables.height.to(dtype), tables.width.to(dtype), grid)
@@ -221,7 +220,7 @@ def attend(
             attended = flex_attention(query, key, value, relative)
         else:
             attended = sdpa_attention(query, key, value, relative, queries_per_chunk(query, implementation))
-        attended = attended.transpose(1, 2).to(qkv.dtype)
+    attended = attended.transpose(1, 2).to(qkv.dtype)
     if implementation.startswith("export"):
         # Exporters lower the attention to steps whose result lies in memory otherwise: only a copy reshapes always.
         attended = attended.clone(memory_format=torch.contiguous_format)
@@ -240,10 +239,11 @@ def choose_attention(
     | way | when |
     |---|---|
     | "eager" | asked for, as only it has weights to return; and for forward-mode derivatives, which only it has |
-    | "sdpa" | with gradients, in graphs for other runtimes ("export", "export_chunked"), without positions |
+    | "sdpa" | in graphs for other runtimes ("export", "export_chunked"), without positions |
     | "kernel" | `takes_cpu_path` and the kernel runs here; in float32 what it has no products for |
     | "chunks" | `takes_cpu_path` without the kernel: over the whole grid, in float32 in windows too |
     | "flex" | asked for, over the whole grid; windows have too little bias for it |
+    | "recomputed" | `is_trained`: PyTorch's own attention would keep all of the bias |
     | "sdpa" | all else |
     """
     if implementation == "eager" or forward_ad._current_level >= 0:
@@ -255,12 +255,12 @@ def choose_attention(
         head_dim = qkv.shape[3] // 3 // num_heads
         if head_dim % 2 == 0 and has_attention_kernel(dtype):  # Two values of bfloat16 make a word of the kernel's.
             return "kernel", dtype
-        # They are written in place. Windows in low precision would be less exact than they are through sdpa.
+        # Windows in low precision would be less exact than they are through sdpa.
         is_exact = dtype in (torch.float32, torch.float64)
-        if not torch.compiler.is_compiling() and (not window_size or is_exact):
-            return "chunks", dtype
-        return "sdpa", dtype
-    return ("flex" if implementation == "flex_attention" and not window_size else "sdpa"), qkv.dtype
+        return ("chunks" if is_exact or not window_size else "sdpa"), dtype
+    if implementation == "flex_attention" and not window_size:
+        return "flex", qkv.dtype
+    return ("recomputed" if is_trained(qkv, *tables) else "sdpa"), qkv.dtype
 
 
 def queries_per_chunk(query: Tensor, implementation: str) -> int:

@@ -6,7 +6,7 @@ per head, H and W the grid in patches, Q and K the number of queries and keys.
 """
 
 import ctypes
-import math
+import itertools
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .recomputation import fits_trained_linear, trained_linear
+from .recomputation import fits_trained_linear, joined_tables, relative_parts, trained_linear
 
 # Of the operators here and of the kernel's library, in their names: copies of this code that were saved beside weights
 # may be loaded in the same process, and share neither with another version.
@@ -237,42 +237,87 @@ def register_flops(name: str, formula: Any) -> None:
 register_flops("cpu_linear", linear_flop)
 
 
+def attention_flop(
+    qkv: Any, padding: Any, table_h: Any, table_w: Any, num_heads: int, window_size: int, **keywords: Any
+) -> int:
+    """
+    What attention in an operator of ours computes by the shapes of its operands, for PyTorch's FlopCounterMode, counted
+    as the plain path's is: logits, values and both parts of the bias, of all tokens of a window, real or padding.
+    """
+    batch, height, width, channels = qkv
+    rows, columns = (window_size, window_size) if window_size else (height, width)
+    regions = batch * -(-height // rows) * -(-width // columns)
+    keys = rows * columns
+    return 2 * regions * keys * (2 * keys + rows + columns) * channels // 3
+
+
+# An operator of PyTorch's, so that torch.compile takes it into its graphs as it is.
+@torch.library.custom_op(f"image_encoder_vit::chunked_attention_v{INTERFACE}", mutates_args=(), device_types="cpu")
 def chunked_attention(
-    query: Tensor, key: Tensor, value: Tensor, table_h: Tensor, table_w: Tensor, dtype: torch.dtype
+    qkv: Tensor, padding: Tensor | None, table_h: Tensor, table_w: Tensor, num_heads: int, window_size: int
 ) -> Tensor:
     """
-    Attention over whole grids, a head and a few hundred queries at a time, or some heads of small grids, in one buffer
-    of no more than LOGITS_PER_CHUNK.
+    What `kernel_attention` computes, by PyTorch alone: attention over a grid (B, H, W, 3 * C), in windows or whole, a
+    window and some of its heads, or a head and some of its queries at a time, in one buffer of LOGITS_PER_CHUNK.
 
     The bias is written into the buffer by broadcasting, the matrix product added to it, and the softmax taken in
-    place, all in `dtype`. `query`, `key`, `value` are (B, N, Q, D) with any strides, `table_h` (H, H, D) and `table_w`
-    (W, W, D) as `relative_positions` gives them. Returns (B, Q, N, D), contiguous, in the dtype of `query`.
+    place, all in float32 where `runs_in_float32`. Returns (B, H, W, C) in the dtype of `qkv`.
     """
-    batch, heads, queries, dim = query.shape
-    height, width = len(table_h), len(table_w)
-    table_h, table_w = (table.to(dtype).transpose(1, 2) for table in (table_h, table_w))  # (H, D, H) and (W, D, W)
-    attended = query.new_empty(batch, queries, heads, dim)
-    queries_per_chunk = min(queries, max(1, LOGITS_PER_CHUNK // queries))
-    heads_per_chunk = min(heads, max(1, LOGITS_PER_CHUNK // queries**2))
-    buffer = query.new_empty(heads_per_chunk * queries_per_chunk * queries, dtype=dtype)
-    for image in range(batch):
-        for first in range(0, heads, heads_per_chunk):
-            some = slice(first, min(first + heads_per_chunk, heads))
-            # (n, Q, D) each; read many times each, so rows that lie together repay the copy.
-            q, k, v = (part[image, some].to(dtype).contiguous() for part in (query, key, value))
-            by_row = q.unflatten(1, (height, width))  # (n, H, W, D)
-            rel_h = (by_row @ table_h).flatten(1, 2)  # (n, Q, H)
-            rel_w = (by_row.transpose(1, 2) @ table_w).transpose(1, 2).flatten(1, 2)  # (n, Q, W)
-            for start in range(0, queries, queries_per_chunk):
-                chunk = slice(start, min(start + queries_per_chunk, queries))
-                size = len(q), chunk.stop - start, height, width
-                bias = buffer[: math.prod(size)].view(size)
-                torch.add(rel_h[:, chunk, :, None], rel_w[:, chunk, None, :], out=bias)
-                logits = bias.flatten(2)
-                multiply_into(logits, q[:, chunk], k.transpose(1, 2), dim**-0.5)
-                torch.softmax(logits, dim=-1, out=logits)
-                attended[image, chunk, some].copy_((logits @ v).transpose(0, 1))
-    return attended
+    batch, height, width = qkv.shape[:3]
+    dtype = torch.float32 if runs_in_float32(qkv.dtype) else qkv.dtype
+    rows, columns = (window_size, window_size) if window_size else (height, width)
+    tokens = rows * columns
+    heads_per_chunk = min(num_heads, max(1, LOGITS_PER_CHUNK // tokens**2))
+    parts = qkv.unflatten(3, (3, num_heads, -1)).permute(0, 3, 4, 1, 2, 5)  # (B, 3, N, H, W, D)
+    filling = None if padding is None else padding.reshape(3, num_heads, 1, 1, -1)
+    tables = joined_tables(table_h, table_w).to(dtype)
+    attended = qkv.new_empty(batch, height, width, num_heads, parts.shape[5])
+    buffer = qkv.new_empty(max(tokens, min(LOGITS_PER_CHUNK, heads_per_chunk * tokens**2)), dtype=dtype)
+    for image, top, left, first in itertools.product(
+        range(batch), range(0, height, rows), range(0, width, columns), range(0, num_heads, heads_per_chunk)
+    ):
+        down, right, heads = slice(top, top + rows), slice(left, left + columns), slice(first, first + heads_per_chunk)
+        real = parts[image, :, heads, down, right]
+        # Read many times each, so rows that lie together repay the copy.
+        window = qkv.new_empty(*real.shape[:2], rows, columns, real.shape[4], dtype=dtype)
+        if window.shape != real.shape:
+            assert filling is not None
+            window.copy_(filling[:, heads])
+        window[:, :, : real.shape[2], : real.shape[3]].copy_(real)
+        results = _attend_window(window[0], window[1], window[2], tables, buffer)  # (N, rows, columns, D)
+        attended[image, down, right, heads] = results[:, : real.shape[2], : real.shape[3]].permute(1, 2, 0, 3)
+    return attended.flatten(3)
+
+
+@chunked_attention.register_fake
+def _(
+    qkv: Tensor, padding: Tensor | None, table_h: Tensor, table_w: Tensor, num_heads: int, window_size: int
+) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+register_flops("chunked_attention", attention_flop)
+
+
+def _attend_window(query: Tensor, key: Tensor, value: Tensor, tables: Tensor, buffer: Tensor) -> Tensor:
+    """Attention of some heads over a grid (N, H, W, D), as many queries at a time as `buffer` has room for."""
+    heads, height, width, dim = query.shape
+    tokens = height * width
+    q, k, v = (part.flatten(1, 2) for part in (query, key, value))
+    products = (query.flatten(0, 2) @ tables.T).view(heads, height, width, len(tables))
+    by_row, by_column = relative_parts(products, height)
+    rel_h, rel_w = by_row.flatten(1, 2)[..., :, None], by_column.flatten(1, 2)[..., None, :]
+    attended = torch.empty_like(q)
+    queries_per_chunk = len(buffer) // (heads * tokens)
+    for start in range(0, tokens, queries_per_chunk):
+        some = slice(start, min(start + queries_per_chunk, tokens))
+        bias = buffer[: heads * (some.stop - start) * tokens].view(heads, -1, height, width)
+        torch.add(rel_h[:, some], rel_w[:, some], out=bias)
+        logits = bias.flatten(2)
+        multiply_into(logits, q[:, some], k.transpose(1, 2), dim**-0.5)
+        torch.softmax(logits, dim=-1, out=logits)
+        torch.matmul(logits, v, out=attended[:, some])
+    return attended.view_as(query)
 
 
 def multiply_into(sums: Tensor, left: Tensor, right: Tensor, factor: float) -> None:

@@ -18,7 +18,7 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor
 
-from .cpu_inference import INTERFACE, has_products, register_flops
+from .cpu_inference import INTERFACE, attention_flop, has_products, register_flops
 
 LIBRARY = "_cpu_kernel.so"
 PACKAGE = "image_encoder_vit"
@@ -172,20 +172,6 @@ def _(
     qkv: Tensor, padding: Tensor | None, table_h: Tensor, table_w: Tensor, num_heads: int, window_size: int
 ) -> Tensor:
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-
-
-def attention_flop(
-    qkv: Any, padding: Any, table_h: Any, table_w: Any, num_heads: int, window_size: int, **keywords: Any
-) -> int:
-    """
-    What `kernel_attention` computes by the shapes of its operands, for PyTorch's FlopCounterMode, counted as the plain
-    path's is: logits, values and both parts of the bias, of all tokens of a window, real or padding.
-    """
-    batch, height, width, channels = qkv
-    rows, columns = (window_size, window_size) if window_size else (height, width)
-    regions = batch * -(-height // rows) * -(-width // columns)
-    keys = rows * columns
-    return 2 * regions * keys * (2 * keys + rows + columns) * channels // 3
 
 
 register_flops("cpu_attention", attention_flop)

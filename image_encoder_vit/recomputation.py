@@ -21,17 +21,42 @@ LOGITS_PER_CHUNK_ON_CPU = 1 << 21
 LOGITS_PER_CHUNK = 1 << 26
 
 
-def recomputed_attention(query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+def recomputed_attention(query: Tensor, key: Tensor, value: Tensor, table_h: Tensor, table_w: Tensor) -> Tensor:
     """
-    Attention (B, N, Q, D) whose logits exist a chunk at a time, in the forward and in the backward pass.
+    Attention (B, N, Q, D) whose logits and bias exist a chunk at a time, in the forward and in the backward pass.
 
-    `query`, `key`, `value` are (B, N, Q, D); `rel_h` (B, N, Q, H) and `rel_w` (B, N, Q, W) the two parts of the bias.
-    Lower precisions are computed in float32, as PyTorch's own attention with a bias to learn does.
+    `query`, `key`, `value` are (B, N, Q, D); `table_h` (2 * H - 1, D) and `table_w` (2 * W - 1, D) the tables of
+    relative positions for a grid of H x W = Q patches. Lower precisions are computed in float32, as PyTorch's own
+    attention with a bias to learn does.
     """
-    flat = (part.flatten(0, 1) for part in (query, key, value, rel_h, rel_w))
+    height, width = (len(table_h) + 1) // 2, (len(table_w) + 1) // 2
+    flat = (part.flatten(0, 1) for part in (query, key, value))
     with _without_autocast(query):
-        attended: Tensor = _RecomputedAttention.apply(*flat)[0]
+        tables = joined_tables(table_h, table_w).to(torch.promote_types(query.dtype, torch.float32))
+        attended: Tensor = _RecomputedAttention.apply(*flat, tables, height, width)[0]
     return attended.unflatten(0, query.shape[:2])
+
+
+def joined_tables(table_h: Tensor, table_w: Tensor) -> Tensor:
+    """Both tables one below the other, (2 * H - 1 + 2 * W - 1, D), each from its last offset to its first."""
+    return torch.cat([table_h.flip(0), table_w.flip(0)])
+
+
+def relative_parts(products: Tensor, height: int, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """
+    The two parts of the bias as views of the products (N, h, W, offsets) of some rows of queries with `joined_tables`:
+    by key row (N, h, W, H) and by key column (N, h, W, W). The queries are those from row `first_row` of the grid on.
+
+    The key in row k lies k - h rows below a query in row h. So what a query needs are H products in turn, beginning
+    one offset earlier than those of the query in the row above.
+    """
+    heads, rows, width, _ = products.shape
+    head, row, column, _ = products.stride()
+    start_h = products.storage_offset() + height - 1 - first_row
+    start_w = products.storage_offset() + 2 * height - 1 + width - 1
+    by_row = products.as_strided((heads, rows, width, height), (head, row - 1, column, 1), start_h)
+    by_column = products.as_strided((heads, rows, width, width), (head, row, column - 1, 1), start_w)
+    return by_row, by_column
 
 
 class _RecomputedAttention(torch.autograd.Function):
@@ -41,30 +66,36 @@ class _RecomputedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(query.dtype, torch.float32)
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, tables: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        dtype = tables.dtype
         attended = torch.empty_like(query, memory_format=torch.contiguous_format)
         normalizer = query.new_empty(query.shape[:2], dtype=dtype)
-        for heads, rows in _chunks(query, key):
+        for heads, rows in _chunks(query, width):
             k, v = key[heads].to(dtype), value[heads].to(dtype)
-            logits = _logits(query[heads, rows], k, rel_h[heads, rows], rel_w[heads, rows])
+            logits = _logits(query[heads, rows].to(dtype), k, tables, height, rows.start // width)
             chunk = logits.logsumexp(dim=2)
             normalizer[heads, rows] = chunk
             attended[heads, rows] = torch.bmm(logits.sub_(chunk[..., None]).exp_(), v).to(attended.dtype)
         return attended, normalizer
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.height, ctx.width = inputs
+        ctx.save_for_backward(*tensors, output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, rel_h, rel_w, normalizer = ctx.saved_tensors
-        with _without_autocast(query):
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, tables, normalizer = ctx.saved_tensors
+        gradients: tuple[Tensor | None, ...]
+        with _without_autocast(grad):
             if torch.is_grad_enabled():  # The gradients are to be differentiated again.
-                return _differentiable_gradients(grad, query, key, value, rel_h, rel_w)
-            return _gradients(grad, query, key, value, rel_h, rel_w, normalizer)
+                gradients = _differentiable_gradients(grad, query, key, value, tables, ctx.height)
+            else:
+                gradients = _gradients(grad, query, key, value, tables, normalizer, ctx.height, ctx.width)
+        return *gradients, None, None
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
@@ -73,72 +104,73 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def _chunks(query: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
+    """Some heads, or whole rows of the grid of a head's queries, at a time, so that not too many logits are at once."""
+    limit = LOGITS_PER_CHUNK_ON_CPU if query.device.type == "cpu" else LOGITS_PER_CHUNK
+    total_heads, queries, _ = query.shape
+    heads = max(1, limit // queries**2)
+    step = queries if heads > 1 else max(1, limit // (queries * width)) * width
+    for first in range(0, total_heads, heads):
+        for start in range(0, queries, step):
+            yield slice(first, first + heads), slice(start, start + step)
+
+
+def _logits(query: Tensor, key: Tensor, tables: Tensor, height: int, first_row: int = 0) -> Tensor:
+    """The logits (M, Q, K) of the queries from row `first_row` of the grid on, in an array of their own."""
+    heads, _, dim = query.shape
+    width = key.shape[1] // height
+    products = (query.flatten(0, 1) @ tables.T).view(heads, -1, width, len(tables))
+    by_row, by_column = relative_parts(products, height, first_row)
+    bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
+    return bias.baddbmm_(query, key.transpose(1, 2), alpha=dim**-0.5)
+
+
 def _gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor, rel_w: Tensor, normalizer: Tensor
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: Tensor,
+    normalizer: Tensor,
+    height: int,
+    width: int,
 ) -> tuple[Tensor, ...]:
-    """The gradients of the five inputs, a chunk of the weights at a time."""
+    """The gradients of queries, keys, values and tables, a chunk of the weights at a time."""
     dtype, scale = normalizer.dtype, query.shape[2] ** -0.5
-    grad_query, grad_rel_h, grad_rel_w = (
-        torch.empty_like(part, memory_format=torch.contiguous_format) for part in (query, rel_h, rel_w)
-    )
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     # Sums over chunks of queries, so in full precision.
-    grad_key, grad_value = (torch.zeros(part.shape, dtype=dtype, device=part.device) for part in (key, value))
-    for heads, rows in _chunks(query, key):
+    grad_key, grad_value, grad_tables = (
+        torch.zeros(part.shape, dtype=dtype, device=part.device) for part in (key, value, tables)
+    )
+    for heads, rows in _chunks(query, width):
         q, k, v = query[heads, rows].to(dtype), key[heads].to(dtype), value[heads].to(dtype)
-        g = grad[heads, rows].to(dtype)
-        logits = _logits(q, k, rel_h[heads, rows], rel_w[heads, rows])
-        weights = logits.sub_(normalizer[heads, rows, None]).exp_()
+        g, first_row = grad[heads, rows].to(dtype), rows.start // width
+        weights = _logits(q, k, tables, height, first_row).sub_(normalizer[heads, rows, None]).exp_()
         grad_value[heads].baddbmm_(weights.transpose(1, 2), g)
         grad_logits = torch.bmm(g, v.transpose(1, 2))
         # The sum over a row of weights * grad_logits, without an array of the product.
         mean = torch.matmul(weights[:, :, None], grad_logits[..., None])[..., 0]
         grad_logits.sub_(mean).mul_(weights)
-        grad_query[heads, rows] = torch.bmm(grad_logits, k).mul_(scale).to(query.dtype)
         grad_key[heads].baddbmm_(grad_logits.transpose(1, 2), q, alpha=scale)
-        by_place = grad_logits.unflatten(2, (rel_h.shape[2], rel_w.shape[2]))
-        grad_rel_h[heads, rows] = by_place.sum(dim=3).to(rel_h.dtype)
-        grad_rel_w[heads, rows] = by_place.sum(dim=2).to(rel_w.dtype)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_rel_h, grad_rel_w
-
-
-def _chunks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Some heads and some of their queries at a time, so that there are not too many logits at once."""
-    limit = LOGITS_PER_CHUNK_ON_CPU if query.device.type == "cpu" else LOGITS_PER_CHUNK
-    (total_heads, queries, _), keys = query.shape, key.shape[1]
-    heads = max(1, limit // (queries * keys))
-    rows = queries if heads > 1 else max(1, min(queries, limit // keys))
-    for first in range(0, total_heads, heads):
-        for start in range(0, queries, rows):
-            yield slice(first, first + heads), slice(start, start + rows)
-
-
-def _logits(query: Tensor, key: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """The logits (M, Q, K) of a chunk in the precision of `key`, in an array of their own."""
-    dtype = key.dtype
-    bias = (rel_h.to(dtype)[..., :, None] + rel_w.to(dtype)[..., None, :]).flatten(2)
-    return bias.baddbmm_(query.to(dtype), key.transpose(1, 2), alpha=query.shape[2] ** -0.5)
+        by_place = grad_logits.view(len(q), -1, width, height, width)
+        grad_products = q.new_zeros(*by_place.shape[:3], len(tables))
+        by_row, by_column = relative_parts(grad_products, height, first_row)
+        by_row.copy_(by_place.sum(dim=4))
+        by_column.copy_(by_place.sum(dim=3))
+        grad_tables.addmm_(grad_products.flatten(0, 2).T, q.flatten(0, 1))
+        of_products = (grad_products.flatten(0, 2) @ tables).view_as(q)
+        grad_query[heads, rows] = of_products.baddbmm_(grad_logits, k, alpha=scale).to(query.dtype)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_tables
 
 
 def _differentiable_gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor, rel_w: Tensor
-) -> tuple[Tensor, ...]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, tables: Tensor, height: int
+) -> tuple[Tensor | None, ...]:
     """The gradients as a graph of their own, with all logits at once."""
-    dtype, scale = torch.promote_types(query.dtype, torch.float32), query.shape[2] ** -0.5
-    q, k, v, g = (part.to(dtype) for part in (query, key, value, grad))
-    bias = (rel_h.to(dtype)[..., :, None] + rel_w.to(dtype)[..., None, :]).flatten(2)
-    weights = (bias + scale * q @ k.transpose(1, 2)).softmax(dim=2)
-    grad_weights = g @ v.transpose(1, 2)
-    grad_logits = weights * (grad_weights - (weights * grad_weights).sum(dim=2, keepdim=True))
-    by_place = grad_logits.unflatten(2, (rel_h.shape[2], rel_w.shape[2]))
-    gradients = (
-        scale * grad_logits @ k,
-        scale * grad_logits.transpose(1, 2) @ q,
-        weights.transpose(1, 2) @ g,
-        by_place.sum(dim=3),
-        by_place.sum(dim=2),
-    )
-    inputs = (query, key, value, rel_h, rel_w)
-    return tuple(gradient.to(part.dtype) for gradient, part in zip(gradients, inputs, strict=True))
+    dtype = tables.dtype
+    weights = _logits(query.to(dtype), key.to(dtype), tables, height).softmax(dim=2)
+    attended = (weights @ value.to(dtype)).to(query.dtype)
+    return torch.autograd.grad(attended, (query, key, value, tables), grad, create_graph=True, allow_unused=True)
 
 
 def is_trained(*tensors: Tensor | None) -> bool:

@@ -12,13 +12,14 @@ import torch
 from builders import random_pixels, relative_error, small_model
 from torch import Tensor
 
-from image_encoder_vit import ImageEncoderViTModel, attention
+from image_encoder_vit import ImageEncoderViTModel, attention, cpu_inference
 from image_encoder_vit.attention import (
     eager_attention,
     relative_logits,
     window_partition,
     window_unpartition,
 )
+from image_encoder_vit.cpu_inference import chunked_attention
 from image_encoder_vit.cpu_kernel import attention_kernel, has_attention_kernel, kernel_attention
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,22 @@ def test_the_kernel_computes_attention_with_relative_positions(grid: tuple[int, 
     plain = written_out(*inputs, heads, window)
     # No further from the exact result than PyTorch in the same precision; sums in another order may differ a little.
     assert relative_error(kernel_attention(*inputs, heads, window), exact) <= 1.2 * relative_error(plain, exact) + 1e-7
+
+
+@pytest.mark.parametrize("logits_per_chunk", [1, 5000, 1 << 21], ids=["a query", "some", "a window"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_chunks_are_attention_with_relative_positions(
+    grid: tuple[int, ...], dtype: torch.dtype, logits_per_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if logits_per_chunk == 1 and grid[1] * grid[2] > 500:
+        pytest.skip("thousands of products of a single query")
+    monkeypatch.setattr(cpu_inference, "LOGITS_PER_CHUNK", logits_per_chunk)
+    inputs, (heads, window) = random_inputs(grid, dtype), (grid[3], grid[5])
+    exact = written_out(*(tensor.to(torch.float64) for tensor in inputs), heads, window)
+    rounding = relative_error(written_out(*inputs, heads, window), exact)
+    slack = 1e-7 if dtype == torch.float32 else 1e-13
+    assert relative_error(chunked_attention(*inputs, heads, window), exact) <= 1.2 * rounding + slack
 
 
 @needs_kernel
