@@ -33,11 +33,12 @@ from .cpu_inference import (
     fits_cpu_linear,
     is_hooked,
     is_plain_linear,
+    is_watched,
     linear,
     takes_cpu_path,
 )
 from .feature_maps import checked_tile_grids, stitch_tiles
-from .recomputation import gelu_linear, is_trained
+from .recomputation import gelu_linear, is_trained, norm_linear
 
 logger = logging.get_logger(__name__)
 
@@ -99,17 +100,23 @@ class ImageEncoderViTAttention(nn.Module):
 
     def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) to the same and, with "eager", the attention weights (B * windows, heads, Q, K)."""
-        height, width, channels = hidden.shape[1:]
-        padding = None
-        if self.window_size and type(self.qkv) is nn.Linear and not is_hooked(self.qkv):
-            # Only real tokens go through the projections: of zeros, `qkv` makes its bias.
-            padding = hidden.new_zeros(3 * channels) if self.qkv.bias is None else self.qkv.bias
-        elif self.window_size:
+        height, width = hidden.shape[1:3]
+        if self.window_size and not self._fills_after_projection():
             hidden = F.pad(hidden, (0, 0, 0, -width % self.window_size, 0, -height % self.window_size))
-        qkv = linear(self.qkv, hidden)  # (B, H, W, 3 * C)
-        tables = RelativeTables(self.rel_pos_h, self.rel_pos_w) if self.use_rel_pos else None
-        attended, weights = attend(qkv, padding, tables, self.num_heads, self.window_size, attn_implementation)
+        attended, weights = self.attend(linear(self.qkv, hidden), attn_implementation)
         return linear(self.proj, attended[:, :height, :width]), weights
+
+    def attend(self, qkv: Tensor, attn_implementation: str) -> tuple[Tensor, Tensor | None]:
+        """Attention between the projections: (B, H, W, 3 * C) to (B, H, W, C) and, with "eager", the weights."""
+        padding = None
+        if self.window_size and self._fills_after_projection():  # Of zeros, `qkv` makes its bias.
+            padding = qkv.new_zeros(qkv.shape[3]) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype)
+        tables = RelativeTables(self.rel_pos_h, self.rel_pos_w) if self.use_rel_pos else None
+        return attend(qkv, padding, tables, self.num_heads, self.window_size, attn_implementation)
+
+    def _fills_after_projection(self) -> bool:
+        """Whether only real tokens go through `qkv`: unless somebody watches or changes it, or keeps its bias away."""
+        return type(self.qkv) is nn.Linear and not is_hooked(self.qkv)
 
 
 class ImageEncoderViTMLP(nn.Module):
@@ -155,8 +162,25 @@ class ImageEncoderViTBlock(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor, attn_implementation: str = "sdpa") -> Tensor:
         if attn_implementation != "eager" and takes_cpu_path(hidden, modules=self.children(), calls_layers=True):
             return self._forward_in_bands(hidden, attn_implementation)
+        if attn_implementation != "eager" and self._keeps_no_norms(hidden):
+            qkv = norm_linear(hidden, self.norm1, self.attn.qkv)
+            hidden = hidden + linear(self.attn.proj, self.attn.attend(qkv, attn_implementation)[0])
+            inner = norm_linear(hidden, self.norm2, self.mlp.lin1)
+            return hidden + gelu_linear(inner, self.mlp.lin2.weight, self.mlp.lin2.bias)
         hidden = hidden + self.attn(self.norm1(hidden), attn_implementation)[0]
         return hidden + self.mlp(self.norm2(hidden))
+
+    def _keeps_no_norms(self, hidden: Tensor) -> bool:
+        """Whether this is training of the layers as they were made, so that nobody can tell how they are computed."""
+        if type(self.attn) is not ImageEncoderViTAttention or type(self.mlp) is not ImageEncoderViTMLP:
+            return False
+        layers = [self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.lin1, self.mlp.lin2]
+        return (
+            is_trained(hidden, *self.parameters())
+            and not any(is_watched(child) for child in self.children())
+            and all(type(layer) in (nn.LayerNorm, nn.Linear) for layer in layers)
+            and all(type(weight) is nn.Parameter for layer in layers for weight in layer.parameters())
+        )
 
     def _forward_in_bands(self, hidden: Tensor, attn_implementation: str) -> Tensor:
         """

@@ -1,6 +1,7 @@
 """
-What training keeps for its backward pass, and what it computes again instead: attention without its logits, and an MLP
-without the output of its GELU. Linear layers go through oneDNN on the CPU, in both passes.
+What training keeps for its backward pass, and what it computes again instead: attention without its logits and their
+bias, an MLP without the output of its GELU, and linear layers without the output of the norm before them. Linear layers
+go through oneDNN on the CPU, in both passes.
 
 Letters in shapes: B images or windows, N heads, D channels per head, Q and K the number of queries and keys, which lie
 on a grid of H rows and W columns.
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_weight
 
@@ -225,21 +226,62 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias = inputs
-        ctx.save_for_backward(input, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_input = grad_weight = None
+        if needs_input:
             grad_input = torch.ops.aten.gelu_backward(_linear(grad, weight.T, None), input)
-        if ctx.needs_input_grad[1]:
+        if needs_weight:
             grad_weight = _weight_gradient(F.gelu(input), weight, grad)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(dim=(0, 1, 2))
-        return grad_input, grad_weight, grad_bias
+        return grad_input, grad_weight, grad.sum(dim=(0, 1, 2)) if needs_bias else None
+
+
+def norm_linear(input: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
+    """
+    `layer` of `norm` of (B, H, W, C), for training: the norm's output is not kept but made again. In the precision of
+    autocast where that is on.
+    """
+    device = input.device.type
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_autocast else layer.weight.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    with _without_autocast(input):
+        output: Tensor = _NormLinear.apply(input, norm.weight, norm.bias, layer.weight.to(dtype), bias, norm.eps)
+    return output
+
+
+class _NormLinear(torch.autograd.Function):
+    """Of differentiable operations alone, likewise."""
+
+    @staticmethod
+    def forward(input: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        normed = F.layer_norm(input, input.shape[-1:], scale, shift, eps)
+        return _linear(normed.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.eps = inputs[5]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, scale, shift, weight = ctx.saved_tensors
+        *needs_norm, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        channels = input.shape[-1:]
+        with _without_autocast(grad):
+            normed, mean, deviation = torch.native_layer_norm(input, channels, scale, shift, ctx.eps)
+            grad_weight = _weight_gradient(normed.to(weight.dtype), weight, grad) if needs_weight else None
+            of_norm: tuple[Tensor | None, ...] = (None, None, None)
+            if any(needs_norm):
+                grad_normed = _linear(grad, weight.T, None).to(normed.dtype)
+                of_norm = torch.ops.aten.native_layer_norm_backward(
+                    grad_normed, input, channels, mean, deviation, scale, shift, needs_norm
+                )
+        return *of_norm, grad_weight, grad.sum(dim=(0, 1, 2)) if needs_bias else None, None
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -71,6 +71,28 @@ def test_the_mlp_s_gradients_are_right_and_can_be_differentiated_again(has_bias:
             assert relative_error(mine, theirs) <= 1e-6
 
 
+def test_a_norm_and_linear_layer_s_gradients_are_right_and_can_be_differentiated_again() -> None:
+    torch.manual_seed(0)
+    norm, layer = torch.nn.LayerNorm(5, eps=1e-6), torch.nn.Linear(5, 4)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        parameters = [*norm.to(dtype).parameters(), *layer.to(dtype).parameters()]
+        (hidden,) = random_inputs((2, 3, 2, 5), dtype=dtype)
+        given = [hidden, *parameters]
+        results = recomputation.norm_linear(hidden, norm, layer), layer(norm(hidden))
+        torch.testing.assert_close(*results)
+        mine, theirs = (torch.autograd.grad(result.square().sum(), given, create_graph=True) for result in results)
+        again = [
+            torch.autograd.grad(sum(part.square().sum() for part in gradients), given) for gradients in (mine, theirs)
+        ]
+        for actual, expected in zip([*mine, *again[0]], [*theirs, *again[1]], strict=True):
+            assert relative_error(actual, expected) <= bound
+    assert gradcheck(
+        lambda given: recomputation.norm_linear(given, norm.double(), layer.double()), random_inputs((2, 3, 2, 5))
+    )
+
+
 def gradients_of(model: ImageEncoderViTModel, pixels: Tensor, **options: Any) -> dict[str, Tensor]:
     model.zero_grad()
     loss = model(pixels, **options).last_hidden_state.float().square().mean()
@@ -163,6 +185,28 @@ def test_what_autograd_keeps_does_not_grow_with_the_square_of_the_page() -> None
         model(random_pixels(1, 3, 512, 512))
     patches, pixels_bytes = 32 * 32, 4 * 3 * 512 * 512
     assert max(kept) <= pixels_bytes < 4 * patches**2  # the logits of one head
+
+
+@pytest.mark.parametrize("name", ["attn", "mlp", "norm1", "mlp.lin1"])
+def test_what_others_put_into_a_block_is_called_in_training(name: str, pixels: Tensor) -> None:
+    model = small_model().train()
+    block = model.encoder.blocks[1]
+    calls: list[int] = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any) -> Any:
+            calls.append(1)
+            return self.inner(*args)
+
+    expected = gradients_of(model, pixels)
+    block.set_submodule(name, Wrapper(block.get_submodule(name)))
+    gradients = gradients_of(model, pixels)
+    assert calls == [1]
+    assert_close({key.replace(".inner", ""): value for key, value in gradients.items()}, expected, 1e-5)
 
 
 def test_frozen_and_adapted_layers_train(pixels: Tensor, exact: dict[str, Tensor]) -> None:

@@ -505,6 +505,7 @@ def test_images_come_from_any_data_set(images: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     processor = ImageEncoderViTImageProcessorPil(size={"height": 64, "width": 64})
     folder = load_splits(str(images), processor)
+    assert datasets.is_progress_bar_enabled()  # as before
     assert folder.evaluation is None
     assert folder.classes == ["blue", "red"]
     assert list(folder.train.labels) == [0] * 4 + [1] * 4

@@ -7,7 +7,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +135,8 @@ def load_splits(
         OSError: If there is no such data set.
         ValueError: If it has no such splits or columns, less than two classes, or files that are no images.
     """
-    splits = _load(source)
+    with _no_progress_bars():
+        splits = _load(source)
     train = _split(splits, train_split, source)
     share = _share(eval_split)
     if share is not None:
@@ -155,10 +157,22 @@ def load_splits(
     return Splits(parts[0], parts[1], classes)
 
 
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without the bars of `datasets`, which are afterwards shown as before."""
+    datasets = import_extra("datasets", "finetune")
+    had_bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
 def _load(source: str) -> dict[str, Any]:
     """The splits of a data set by name."""
     datasets = import_extra("datasets", "finetune")
-    datasets.disable_progress_bars()
     folder = Path(source)
     if any((folder / name).is_file() for name in SAVED_BY_DATASETS):
         loaded = datasets.load_from_disk(source)
