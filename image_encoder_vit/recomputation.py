@@ -34,7 +34,7 @@ def recomputed_attention(query: Tensor, key: Tensor, value: Tensor, table_h: Ten
     flat = (part.flatten(0, 1) for part in (query, key, value))
     with _without_autocast(query):
         tables = joined_tables(table_h, table_w).to(torch.promote_types(query.dtype, torch.float32))
-        attended: Tensor = _RecomputedAttention.apply(*flat, tables, height, width)[0]
+        attended: Tensor = _RecomputedAttention.apply(*flat, tables, height, width)
     return attended.unflatten(0, query.shape[:2])
 
 
@@ -62,40 +62,34 @@ def relative_parts(products: Tensor, height: int, first_row: int = 0) -> tuple[T
 
 class _RecomputedAttention(torch.autograd.Function):
     """
-    As FlashAttention (arXiv 2205.14135) does: of the logits it keeps the logarithm of each row's sum of exponentials
-    alone, and makes the weights of a chunk again when their gradients are due. Shapes with one axis M for B and N.
+    As FlashAttention (arXiv 2205.14135) does, it makes the weights of a chunk again when their gradients are due, and
+    keeps nothing of them. Shapes with one axis M for B and N.
     """
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, tables: Tensor, height: int, width: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(query: Tensor, key: Tensor, value: Tensor, tables: Tensor, height: int, width: int) -> Tensor:
         dtype = tables.dtype
         attended = torch.empty_like(query, memory_format=torch.contiguous_format)
-        normalizer = query.new_empty(query.shape[:2], dtype=dtype)
         for heads, rows in _chunks(query, width):
             k, v = key[heads].to(dtype), value[heads].to(dtype)
             logits = _logits(query[heads, rows].to(dtype), k, tables, height, rows.start // width)
-            chunk = logits.logsumexp(dim=2)
-            normalizer[heads, rows] = chunk
-            attended[heads, rows] = torch.bmm(logits.sub_(chunk[..., None]).exp_(), v).to(attended.dtype)
-        return attended, normalizer
+            attended[heads, rows] = torch.bmm(torch.softmax(logits, dim=2, out=logits), v).to(attended.dtype)
+        return attended
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.height, ctx.width = inputs
-        ctx.save_for_backward(*tensors, output[1])
-        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, tables, normalizer = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, tables = ctx.saved_tensors
         gradients: tuple[Tensor | None, ...]
         with _without_autocast(grad):
             if torch.is_grad_enabled():  # The gradients are to be differentiated again.
                 gradients = _differentiable_gradients(grad, query, key, value, tables, ctx.height)
             else:
-                gradients = _gradients(grad, query, key, value, tables, normalizer, ctx.height, ctx.width)
+                gradients = _gradients(grad, query, key, value, tables, ctx.height, ctx.width)
         return *gradients, None, None
 
 
@@ -127,17 +121,10 @@ def _logits(query: Tensor, key: Tensor, tables: Tensor, height: int, first_row: 
 
 
 def _gradients(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tables: Tensor,
-    normalizer: Tensor,
-    height: int,
-    width: int,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, tables: Tensor, height: int, width: int
 ) -> tuple[Tensor, ...]:
     """The gradients of queries, keys, values and tables, a chunk of the weights at a time."""
-    dtype, scale = normalizer.dtype, query.shape[2] ** -0.5
+    dtype, scale = tables.dtype, query.shape[2] ** -0.5
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     # Sums over chunks of queries, so in full precision.
     grad_key, grad_value, grad_tables = (
@@ -146,12 +133,11 @@ def _gradients(
     for heads, rows in _chunks(query, width):
         q, k, v = query[heads, rows].to(dtype), key[heads].to(dtype), value[heads].to(dtype)
         g, first_row = grad[heads, rows].to(dtype), rows.start // width
-        weights = _logits(q, k, tables, height, first_row).sub_(normalizer[heads, rows, None]).exp_()
+        logits = _logits(q, k, tables, height, first_row)
+        weights = torch.softmax(logits, dim=2, out=logits)
         grad_value[heads].baddbmm_(weights.transpose(1, 2), g)
-        grad_logits = torch.bmm(g, v.transpose(1, 2))
-        # The sum over a row of weights * grad_logits, without an array of the product.
-        mean = torch.matmul(weights[:, :, None], grad_logits[..., None])[..., 0]
-        grad_logits.sub_(mean).mul_(weights)
+        grad_weights = torch.bmm(g, v.transpose(1, 2))
+        grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, 2, dtype)
         grad_key[heads].baddbmm_(grad_logits.transpose(1, 2), q, alpha=scale)
         by_place = grad_logits.view(len(q), -1, width, height, width)
         grad_products = q.new_zeros(*by_place.shape[:3], len(tables))

@@ -38,17 +38,23 @@ def test_attention_s_gradients_are_right_and_can_be_differentiated_again() -> No
 
 
 @pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-def test_attention_is_eager_attention_s(dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_is_as_exact_as_eager_attention(dtype: torch.dtype) -> None:
+    def eager(query: Tensor, key: Tensor, value: Tensor, table_h: Tensor, table_w: Tensor) -> Tensor:
+        return eager_attention(query, key, value, relative_logits(query, table_h, table_w, (2, 3)))[0]
+
     inputs = attention_inputs(dtype)
-    exact = [part.detach().double().requires_grad_() for part in inputs]
-    actual = recomputation.recomputed_attention(*inputs)
-    assert actual.dtype == dtype
-    expected = eager_attention(*exact[:3], relative_logits(exact[0], exact[3], exact[4], (2, 3)))[0]
-    assert relative_error(actual, expected) <= bound
-    gradients = torch.autograd.grad(actual.square().sum(), inputs)
-    for mine, theirs in zip(gradients, torch.autograd.grad(expected.square().sum(), exact), strict=True):
-        assert relative_error(mine, theirs) <= bound
+    results = []
+    for attend, given in (
+        (recomputation.recomputed_attention, inputs),
+        (eager, inputs),
+        (eager, [part.detach().double().requires_grad_() for part in inputs]),
+    ):
+        attended = attend(*given)
+        assert attended.dtype == given[0].dtype
+        results.append([attended, *torch.autograd.grad(attended.square().sum(), given)])
+    for mine, theirs, exact in zip(*results, strict=True):
+        assert relative_error(mine, exact) <= 1.2 * relative_error(theirs, exact) + 1e-7
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
