@@ -235,6 +235,7 @@ def norm_linear(input: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
     is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if is_autocast else layer.weight.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
+    input = input.to(torch.promote_types(input.dtype, norm.weight.dtype))  # Autocast would compute a norm so too.
     with _without_autocast(input):
         output: Tensor = _NormLinear.apply(input, norm.weight, norm.bias, layer.weight.to(dtype), bias, norm.eps)
     return output
