@@ -180,6 +180,7 @@ class ImageEncoderViTBlock(GradientCheckpointingLayer):
             and not any(is_watched(child) for child in self.children())
             and all(type(layer) in (nn.LayerNorm, nn.Linear) for layer in layers)
             and all(type(weight) is nn.Parameter for layer in layers for weight in layer.parameters())
+            and all(norm.weight is not None and norm.weight.ndim == 1 for norm in (self.norm1, self.norm2))
         )
 
     def _forward_in_bands(self, hidden: Tensor, attn_implementation: str) -> Tensor:

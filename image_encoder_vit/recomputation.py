@@ -157,7 +157,10 @@ def _differentiable_gradients(
     dtype = tables.dtype
     weights = _logits(query.to(dtype), key.to(dtype), tables, height).softmax(dim=2)
     attended = (weights @ value.to(dtype)).to(query.dtype)
-    return torch.autograd.grad(attended, (query, key, value, tables), grad, create_graph=True, allow_unused=True)
+    inputs = (query, key, value, tables)
+    trained = [part for part in inputs if part.requires_grad]
+    gradients = iter(torch.autograd.grad(attended, trained, grad, create_graph=True))
+    return tuple(next(gradients) if part.requires_grad else None for part in inputs)
 
 
 def is_trained(*tensors: Tensor | None) -> bool:
@@ -233,7 +236,8 @@ def norm_linear(input: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
     """
     device = input.device.type
     is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if is_autocast else layer.weight.dtype
+    is_double = torch.float64 in (input.dtype, layer.weight.dtype)  # Autocast leaves that alone.
+    dtype = torch.get_autocast_dtype(device) if is_autocast and not is_double else layer.weight.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     input = input.to(torch.promote_types(input.dtype, norm.weight.dtype))  # Autocast would compute a norm so too.
     with _without_autocast(input):

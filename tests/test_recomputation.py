@@ -178,6 +178,44 @@ def test_a_penalty_on_gradients_can_be_trained(pixels: Tensor) -> None:
     assert_close(penalties["sdpa"], penalties["eager"], 1e-9)
 
 
+@pytest.mark.parametrize("trained", ["", "rel_pos_h", "norm1", "qkv.weight", "lin2.bias"])
+def test_a_penalty_on_gradients_goes_through_frozen_weights(trained: str) -> None:
+    penalties = []
+    for attention in ("sdpa", "eager"):
+        model = small_model().double().train()
+        model.set_attn_implementation(attention)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(trained) and trained in name)
+        given = random_pixels(1, 3, 64, 96).double().requires_grad_()
+        wanted = [given, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+        (gradient,) = torch.autograd.grad(model(given).last_hidden_state.square().mean(), given, create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), wanted))
+    for mine, theirs in zip(*penalties, strict=True):
+        assert relative_error(mine, theirs) <= 1e-9
+
+
+def norms_without_weights(model: ImageEncoderViTModel) -> None:
+    model.encoder.blocks[1].norm1 = torch.nn.LayerNorm(model.config.hidden_size, elementwise_affine=False).double()
+
+
+def norms_over_the_grid(model: ImageEncoderViTModel) -> None:
+    model.encoder.blocks[1].norm1 = torch.nn.LayerNorm((6, model.config.hidden_size)).double()
+
+
+@pytest.mark.parametrize("change", [norms_without_weights, norms_over_the_grid, lambda model: None], ids=str)
+def test_other_norms_and_float64_under_autocast_train_as_eagerly(
+    change: Callable[[ImageEncoderViTModel], None],
+) -> None:
+    gradients = []
+    for attention in ("sdpa", "eager"):
+        model = small_model().double().train()
+        model.set_attn_implementation(attention)
+        change(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients.append(gradients_of(model, random_pixels(1, 3, 64, 96).double()))
+    assert_close(*gradients, bound=1e-5)
+
+
 def test_what_autograd_keeps_does_not_grow_with_the_square_of_the_page() -> None:
     """The largest tensor kept is a few channels for each patch, and never a logit for each pair of them."""
     model = small_model().train()

@@ -373,6 +373,16 @@ def test_an_adapter_is_kept_by_itself(images: Path, model_folder: str, tmp_path:
         assert relative_error(found(pixels).logits, expected) <= 1e-4
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the CPU is chosen where there is nothing else")
+def test_bfloat16_trains_without_an_accelerator_and_without_naming_the_cpu(
+    images: Path, model_folder: str, tmp_path: Path
+) -> None:
+    assert (
+        run(images, model_folder, tmp_path / "tuned", "--epochs", 0.5, "--device", "auto", "--dtype", "bfloat16") == 0
+    )
+    assert {weight.dtype for weight in weights_of(tmp_path / "tuned").values()} == {torch.float32}
+
+
 def test_without_a_checkpoint_random_weights_are_trained_and_said_to_be(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

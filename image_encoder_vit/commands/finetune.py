@@ -205,7 +205,8 @@ def training_arguments(options: Options, states: Path) -> TrainingArguments:
         "warmup_steps": 0.05,
         "bf16": options.dtype == "bfloat16",
         "fp16": options.dtype == "float16",
-        "use_cpu": options.device == "cpu",
+        # Said where there is nothing else too: otherwise transformers refuses bfloat16.
+        "use_cpu": options.device == "cpu" or (options.device == "auto" and not torch.accelerator.is_available()),
         "seed": options.seed,
         "dataloader_num_workers": options.workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
