@@ -260,7 +260,7 @@ def choose_attention(
         return ("chunks" if is_exact or not window_size else "sdpa"), dtype
     if implementation == "flex_attention" and not window_size:
         return "flex", qkv.dtype
-    return ("recomputed" if is_trained(qkv, *tables) else "sdpa"), qkv.dtype
+    return ("recomputed" if is_trained((qkv, *tables)) else "sdpa"), qkv.dtype
 
 
 def queries_per_chunk(query: Tensor, implementation: str) -> int:

@@ -251,6 +251,13 @@ def attention_flop(
     return 2 * regions * keys * (2 * keys + rows + columns) * channels // 3
 
 
+def fake_attention(
+    qkv: Tensor, padding: Tensor | None, table_h: Tensor, table_w: Tensor, num_heads: int, window_size: int
+) -> Tensor:
+    """The shape and dtype of what attention in an operator of ours gives, for compilers."""
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
 # An operator of PyTorch's, so that torch.compile takes it into its graphs as it is.
 @torch.library.custom_op(f"image_encoder_vit::chunked_attention_v{INTERFACE}", mutates_args=(), device_types="cpu")
 def chunked_attention(
@@ -289,13 +296,7 @@ def chunked_attention(
     return attended.flatten(3)
 
 
-@chunked_attention.register_fake
-def _(
-    qkv: Tensor, padding: Tensor | None, table_h: Tensor, table_w: Tensor, num_heads: int, window_size: int
-) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-
-
+chunked_attention.register_fake(fake_attention)
 register_flops("chunked_attention", attention_flop)
 
 

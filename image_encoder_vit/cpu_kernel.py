@@ -18,7 +18,7 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor
 
-from .cpu_inference import INTERFACE, attention_flop, has_products, register_flops
+from .cpu_inference import INTERFACE, attention_flop, fake_attention, has_products, register_flops
 
 LIBRARY = "_cpu_kernel.so"
 PACKAGE = "image_encoder_vit"
@@ -167,11 +167,5 @@ def check_operands(
         )
 
 
-@kernel_attention.register_fake
-def _(
-    qkv: Tensor, padding: Tensor | None, table_h: Tensor, table_w: Tensor, num_heads: int, window_size: int
-) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-
-
+kernel_attention.register_fake(fake_attention)
 register_flops("cpu_attention", attention_flop)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from inspect import signature
+from itertools import chain
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple
 
@@ -134,7 +135,7 @@ class ImageEncoderViTMLP(nn.Module):
 
     def _keeps_no_gelu(self, hidden: Tensor) -> bool:
         is_plain = is_plain_linear(self.lin2) and type(self.lin2.weight) is nn.Parameter
-        return is_plain and is_trained(hidden, *self.parameters())
+        return is_plain and is_trained(chain((hidden,), self.parameters()))
 
 
 class ImageEncoderViTBlock(GradientCheckpointingLayer):
@@ -176,7 +177,7 @@ class ImageEncoderViTBlock(GradientCheckpointingLayer):
             return False
         layers = [self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.lin1, self.mlp.lin2]
         return (
-            is_trained(hidden, *self.parameters())
+            is_trained(chain((hidden,), self.parameters()))
             and not any(is_watched(child) for child in self.children())
             and all(type(layer) in (nn.LayerNorm, nn.Linear) for layer in layers)
             and all(type(weight) is nn.Parameter for layer in layers for weight in layer.parameters())

@@ -7,7 +7,7 @@ Letters in shapes: B images or windows, N heads, D channels per head, Q and K th
 on a grid of H rows and W columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -163,7 +163,7 @@ def _differentiable_gradients(
     return tuple(next(gradients) if part.requires_grad else None for part in inputs)
 
 
-def is_trained(*tensors: Tensor | None) -> bool:
+def is_trained(tensors: Iterable[Tensor | None]) -> bool:
     """
     Whether autograd, and nothing else, keeps what a backward pass through some of these needs: no compiler, which
     chooses that by itself, no trace, no forward-mode derivative and no transformation of torch.func.
@@ -178,7 +178,7 @@ def is_trained(*tensors: Tensor | None) -> bool:
 def fits_trained_linear(input: Tensor, weight: Tensor) -> bool:
     """Whether `trained_linear` computes a layer with this input faster than PyTorch's own linear layer does."""
     return (
-        is_trained(input, weight)
+        is_trained((input, weight))
         and input.device.type == "cpu"
         and input.ndim == 4
         and type(weight) in (Tensor, torch.nn.Parameter)

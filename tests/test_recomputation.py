@@ -38,8 +38,8 @@ def test_attention_s_gradients_are_right_and_can_be_differentiated_again() -> No
 
 
 @pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_attention_is_as_exact_as_eager_attention(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_attention_is_as_exact_as_eager_attention(dtype: torch.dtype, bound: float) -> None:
     def eager(query: Tensor, key: Tensor, value: Tensor, table_h: Tensor, table_w: Tensor) -> Tensor:
         return eager_attention(query, key, value, relative_logits(query, table_h, table_w, (2, 3)))[0]
 
@@ -55,6 +55,8 @@ def test_attention_is_as_exact_as_eager_attention(dtype: torch.dtype) -> None:
         results.append([attended, *torch.autograd.grad(attended.square().sum(), given)])
     for mine, theirs, exact in zip(*results, strict=True):
         assert relative_error(mine, exact) <= 1.2 * relative_error(theirs, exact) + 1e-7
+    for mine, exact in zip(results[0][:4], results[2][:4], strict=True):  # All but the tables', which sum over all.
+        assert relative_error(mine, exact) <= bound
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
