@@ -10,7 +10,7 @@ TRANSFORMERS_JS := @huggingface/transformers@4.3.1
 # wherever it is installed, and it writes warnings to every program's stderr. Its tests find it in a folder of its own.
 EXTRAS := test,dev,plot,export,finetune,corpora,search,dist
 # What installing compiles.
-KERNEL := hatch_build.py image_encoder_vit/cpu_kernel.c
+KERNEL := hatch_build.py image_encoder_vit/cpu_kernel.c image_encoder_vit/cpu_vectors.h
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: encode test benchmark lint check dist test-oldest test-newest test-torchvision test-js test-browser clean

@@ -13,8 +13,19 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = "image_encoder_vit/cpu_kernel.c"
 LIBRARY = "image_encoder_vit/_cpu_kernel.so"
-FLAGS = ["-std=c11", "-O3", "-fPIC", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
-FLAGS_OF_PRECISION = {"float32": [], "bfloat16": ["-mavx512bf16", "-DBFLOAT16"]}
+FLAGS = ["-std=c11", "-O3", "-fPIC"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
+# By the names that cpu_kernel.py knows them by: what a processor has, and the precision of its values.
+FLAGS_OF_KERNEL = {
+    "avx2_float32": AVX2,
+    "avx2_bfloat16": [*AVX2, "-DBFLOAT16"],
+    "avx2_float16": [*AVX2, "-DFLOAT16"],
+    "avx512_float32": AVX512,
+    "avx512_bfloat16": [*AVX512, "-DBFLOAT16"],
+    "avx512_float16": [*AVX512, "-DFLOAT16"],
+    "avx512bf16_bfloat16": [*AVX512, "-mavx512bf16", "-DBFLOAT16"],
+}
 
 
 class KernelBuildHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -39,7 +50,7 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 
 def compile_kernel(source: Path, library: Path) -> None:
     """
-    Compiles `source` for each precision into one `library`, which appears whole or not at all.
+    Compiles `source` for each processor and precision into one `library`, which appears whole or not at all.
 
     Raises:
         OSError: If there is no compiler: `CC`, or else `cc`.
@@ -48,11 +59,15 @@ def compile_kernel(source: Path, library: Path) -> None:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects = []
-        for precision, flags in FLAGS_OF_PRECISION.items():
-            objects.append(f"{scratch}/{precision}.o")
-            run([*compiler, *FLAGS, *flags, "-c", str(source), "-o", objects[-1]])
+        for kernel in FLAGS_OF_KERNEL:
+            objects.append(f"{scratch}/{kernel}.o")
+            run([*compiler, *flags_of(kernel), "-c", str(source), "-o", objects[-1]])
         run([*compiler, "-shared", *objects, "-o", f"{scratch}/library.so"])
         os.replace(f"{scratch}/library.so", library)
+
+
+def flags_of(kernel: str) -> list[str]:
+    return [*FLAGS, *FLAGS_OF_KERNEL[kernel], f"-DATTENTION=image_encoder_vit_attention_{kernel}"]
 
 
 def run(command: list[str]) -> None:

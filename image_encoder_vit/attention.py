@@ -197,8 +197,7 @@ def attend(
         if how == "chunks":
             return chunked_attention(qkv, padding, table_h, table_w, num_heads, window_size), None
         padding = None if padding is None else padding.to(dtype)
-        operands = qkv.to(dtype), padding, table_h.to(dtype), table_w.to(dtype)
-        return kernel_attention(*operands, num_heads, window_size).to(qkv.dtype), None
+        return kernel_attention(qkv, padding, table_h.to(dtype), table_w.to(dtype), num_heads, window_size), None
     if window_size:
         qkv = window_partition(qkv, window_size, padding)
     grid = qkv.shape[1], qkv.shape[2]
@@ -240,7 +239,7 @@ def choose_attention(
     |---|---|
     | "eager" | asked for, as only it has weights to return; and for forward-mode derivatives, which only it has |
     | "sdpa" | in graphs for other runtimes ("export", "export_chunked"), without positions |
-    | "kernel" | `takes_cpu_path` and the kernel runs here; in float32 what it has no products for |
+    | "kernel" | `takes_cpu_path` and the kernel runs here; it sums in float32 |
     | "chunks" | `takes_cpu_path` without the kernel: over the whole grid, in float32 in windows too |
     | "flex" | asked for, over the whole grid; windows have too little bias for it |
     | "recomputed" | `is_trained`: PyTorch's own attention would keep all of the bias |
@@ -251,10 +250,10 @@ def choose_attention(
     if implementation in ("export", "export_chunked") or tables is None:
         return "sdpa", qkv.dtype
     if takes_cpu_path(qkv, *tables):
-        dtype = torch.float32 if runs_in_float32(qkv.dtype) else qkv.dtype
         head_dim = qkv.shape[3] // 3 // num_heads
-        if head_dim % 2 == 0 and has_attention_kernel(dtype):  # Two values of bfloat16 make a word of the kernel's.
-            return "kernel", dtype
+        if head_dim % 2 == 0 and has_attention_kernel(qkv.dtype):  # Two values of bfloat16 make a word of the kernel's.
+            return "kernel", qkv.dtype
+        dtype = torch.float32 if runs_in_float32(qkv.dtype) else qkv.dtype
         # Windows in low precision would be less exact than they are through sdpa.
         is_exact = dtype in (torch.float32, torch.float64)
         return ("chunks" if is_exact or not window_size else "sdpa"), dtype

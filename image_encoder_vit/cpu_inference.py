@@ -23,7 +23,7 @@ from .recomputation import fits_trained_linear, joined_tables, relative_parts, t
 
 # Of the operators here and of the kernel's library, in their names: copies of this code that were saved beside weights
 # may be loaded in the same process, and share neither with another version.
-INTERFACE = 2
+INTERFACE = 3
 MIN_TOKENS_IN_ONEDNN = 64  # Below, setting up a product there costs more than it saves.
 ROWS_PER_CAST = 512  # Tokens whose low precision is spread into float32 at a time: 6 MB behind lin1.
 # Logits that exist at a time: 8 MB in float32, those of a head and 512 queries at 1024 x 1024 px.

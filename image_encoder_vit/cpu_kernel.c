@@ -1,43 +1,29 @@
 /*
- * Attention with decomposed relative positions for CPUs with AVX-512, in inference: the logits of a few queries and keys
- * at a time, so that they stay in the cache ("FlashAttention", arXiv 2205.14135), with the bias made beside them and
- * never whole. Windows are read where they lie in the page.
+ * Attention with decomposed relative positions for CPUs with AVX-512 or AVX2, in inference: the logits of a few queries
+ * and keys at a time, so that they stay in the cache ("FlashAttention", arXiv 2205.14135), with the bias made beside them
+ * and never whole. Windows are read where they lie in the page.
  *
- * hatch_build.py compiles this file twice: for float32, and with BFLOAT16 defined for bfloat16. Products are summed in
- * float32 in both. cpu_kernel.py calls it; attention.py has the same in plain PyTorch.
+ * hatch_build.py compiles this file for each kind of vectors and each precision, with ATTENTION as the name of what it
+ * gives, and BFLOAT16 or FLOAT16 defined for those. Products are summed in float32 in all of them. cpu_kernel.py calls it;
+ * attention.py has the same in plain PyTorch.
  *
  * Everything that enters a product is packed into words of 32 bits, one float32 or two neighbouring bfloat16, so that
- * one routine, `multiply`, serves both precisions, the logits, the values and the relative positions.
+ * one routine, `multiply`, serves every precision, the logits, the values and the relative positions.
  */
 
-#include <immintrin.h>
+#include "cpu_vectors.h"
+
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#ifdef BFLOAT16
-typedef uint16_t value_t;
-#define ATTENTION image_encoder_vit_attention_bfloat16
-#define VALUES_PER_WORD 2
-#else
-typedef float value_t;
-#define ATTENTION image_encoder_vit_attention_float32
-#define VALUES_PER_WORD 1
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-
-#define LANES 16               /* of a vector of words */
-#define ROWS 14                /* queries of a block: with a panel's two vectors, 28 sums, of 32 registers */
 #define PANEL (2 * LANES)      /* columns of a packed matrix that lie together */
 #define KEYS_PER_TILE 256      /* their keys and values stay in the second-level cache */
 #define QUERIES_PER_TASK 504   /* at most; 36 blocks, over which packing a tile of keys is spread */
 #define TILE_STRIDE (KEYS_PER_TILE + LANES) /* rows of a power of two would compete for the same lines of the cache */
-#define INTERFACE 2            /* of ATTENTION below: cpu_kernel.py calls no other */
+#define INTERFACE 3            /* of ATTENTION below: cpu_kernel.py calls no other */
 #define MASKED (-1e30f)        /* the logit of no key; finite, since infinities subtracted give no number */
 #define LOG2_E 1.44269504f
-#define VECTOR_BYTES 64
+#define VECTOR_BYTES 64        /* at most */
 
 /* A call, which all threads share. Grids are in patches. */
 typedef struct {
@@ -77,98 +63,65 @@ INLINE long dims_of(const call_t *call) { return round_up(call->dim, PANEL); }
 /* Biases are read by whole vectors from any key on. */
 INLINE long bias_stride(long length) { return round_up(length, LANES) + LANES; }
 
-INLINE __m512 multiply_add(__m512 sum, uint32_t word, __m512i panel) {
-#ifdef BFLOAT16
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)word), (__m512bh)panel);
-#else
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32((int)word)), _mm512_castsi512_ps(panel), sum);
-#endif
-}
-
 /*
  * result = keep * result + factor * left . panel, where result is (ROWS, PANEL), left (ROWS, steps) with any strides in
  * words, panel (steps, PANEL). `keep` has a factor for each row, NULL is 1.
  */
 INLINE void multiply(float *result, long stride, const float *keep, float factor, const uint32_t *left,
                      long row_stride, long step_stride, const uint32_t *panel, long steps) {
-    __m512 low[ROWS], high[ROWS];
+    floats_t low[ROWS], high[ROWS];
 #pragma GCC unroll 14
-    for (int row = 0; row < ROWS; row++) low[row] = high[row] = _mm512_setzero_ps();
+    for (int row = 0; row < ROWS; row++) low[row] = high[row] = zeros();
     for (long step = 0; step < steps; step++, left += step_stride, panel += PANEL) {
-        __m512i first = _mm512_load_si512(panel), second = _mm512_load_si512(panel + LANES);
+        words_t first = load_words(panel), second = load_words(panel + LANES);
 #pragma GCC unroll 14
         for (int row = 0; row < ROWS; row++) {
             low[row] = multiply_add(low[row], left[row * row_stride], first);
             high[row] = multiply_add(high[row], left[row * row_stride], second);
         }
     }
-    __m512 factors = _mm512_set1_ps(factor);
 #pragma GCC unroll 14
     for (int row = 0; row < ROWS; row++) {
         float *to = result + row * stride;
-        __m512 old_low = _mm512_load_ps(to), old_high = _mm512_load_ps(to + LANES);
+        floats_t old_low = load(to), old_high = load(to + LANES);
         if (keep) {
-            old_low = _mm512_mul_ps(old_low, _mm512_set1_ps(keep[row]));
-            old_high = _mm512_mul_ps(old_high, _mm512_set1_ps(keep[row]));
+            old_low = times(old_low, all(keep[row]));
+            old_high = times(old_high, all(keep[row]));
         }
-        _mm512_store_ps(to, _mm512_fmadd_ps(low[row], factors, old_low));
-        _mm512_store_ps(to + LANES, _mm512_fmadd_ps(high[row], factors, old_high));
+        store(to, times_plus(low[row], all(factor), old_low));
+        store(to + LANES, times_plus(high[row], all(factor), old_high));
     }
 }
 
-/*
- * 2^x by the polynomial that is closest to it between two whole numbers: to 1e-7, for bfloat16 to 8e-5. `scalef` rounds
- * its exponent down, as the part that is left here is to be added to.
- */
-INLINE __m512 exp2_of(__m512 x) {
-    __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+/* 2^x by the polynomial that is closest to it between two whole numbers: to 1e-7, for bfloat16 to 8e-5. */
+INLINE floats_t exp2_of(floats_t x) {
+    floats_t rest = fraction_of(x);
 #ifdef BFLOAT16
-    __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.0780235112f), rest, _mm512_set1_ps(0.226067831f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.695833691f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.999925156f));
+    floats_t sum = times_plus(all(0.0780235112f), rest, all(0.226067831f));
+    sum = times_plus(sum, rest, all(0.695833691f));
+    sum = times_plus(sum, rest, all(0.999925156f));
 #else
-    __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.00187757056f), rest, _mm512_set1_ps(0.00898935963f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.0558262962f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.240153627f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.693153071f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.999999925f));
+    floats_t sum = times_plus(all(0.00187757056f), rest, all(0.00898935963f));
+    sum = times_plus(sum, rest, all(0.0558262962f));
+    sum = times_plus(sum, rest, all(0.240153627f));
+    sum = times_plus(sum, rest, all(0.693153071f));
+    sum = times_plus(sum, rest, all(0.999999925f));
 #endif
-    return _mm512_scalef_ps(sum, x);
-}
-
-/* Transposes a square of LANES x LANES words by swapping ever larger blocks across the diagonal. */
-INLINE void transpose(__m512i square[LANES]) {
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma GCC unroll 4
-    for (int side = 1; side < LANES; side *= 2) {
-        __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(side));
-        __m512i next = _mm512_add_epi32(lane, _mm512_set1_epi32(side));
-        __m512i upper = _mm512_mask_add_epi32(lane, odd, lane, _mm512_set1_epi32(LANES - side));
-        __m512i lower = _mm512_mask_add_epi32(next, odd, lane, _mm512_set1_epi32(LANES));
-#pragma GCC unroll 16
-        for (int row = 0; row < LANES; row++) {
-            if (row & side) continue;
-            __m512i first = square[row], second = square[row + side];
-            square[row] = _mm512_permutex2var_epi32(first, upper, second);
-            square[row + side] = _mm512_permutex2var_epi32(first, lower, second);
-        }
-    }
+    return times_power_of_2(sum, x);
 }
 
 /* Packs the words of up to LANES vectors as columns: to[word][vector]. Columns without a vector are zero. */
 INLINE void pack_columns(uint32_t *to, long stride, const value_t *const *vectors, long count, long words) {
     for (long first = 0; first < words; first += LANES) {
         long steps = at_most(LANES, words - first);
-        __mmask16 mask = (__mmask16)((1u << steps) - 1);
-        __m512i square[LANES];
+        words_t square[LANES];
 #pragma GCC unroll 16
         for (int row = 0; row < LANES; row++)
-            square[row] = row < count ? _mm512_maskz_loadu_epi32(mask, vectors[row] + first * VALUES_PER_WORD)
-                                      : _mm512_setzero_si512();
+            square[row] = row < count ? read_words(vectors[row] + first * VALUES_PER_WORD, steps) : (words_t)zeros();
         transpose(square);
 #pragma GCC unroll 16
         for (int step = 0; step < LANES; step++)
-            if (step < steps) _mm512_storeu_si512(to + (first + step) * stride, square[step]);
+            if (step < steps) store_words(to + (first + step) * stride, square[step]);
     }
 }
 
@@ -181,16 +134,14 @@ INLINE void pack_panel(uint32_t *to, const value_t *const *vectors, long count, 
 /* Packs a tile's values into panels of dims, (dims / PANEL, words of keys, PANEL); leaves columns beyond `dim` alone. */
 INLINE void pack_values(uint32_t *to, const value_t *const *vectors, long count, long dim) {
     for (long first = 0; first < dim; first += LANES) {
-        __mmask16 mask = (__mmask16)((1u << at_most(LANES, dim - first)) - 1);
+        long dims = at_most(LANES, dim - first);
         uint32_t *at = to + first / PANEL * (KEYS_PER_TILE / VALUES_PER_WORD * PANEL) + first % PANEL;
         for (long key = 0; key < count; key += VALUES_PER_WORD, at += PANEL) {
-#ifdef BFLOAT16
-            __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, vectors[key] + first));
-            __m512i odd = _mm512_setzero_si512();
-            if (key + 1 < count) odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, vectors[key + 1] + first));
-            _mm512_store_si512(at, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+#if VALUES_PER_WORD == 2
+            const value_t *next = key + 1 < count ? vectors[key + 1] + first : NULL;
+            store_words(at, read_pairs(vectors[key] + first, next, dims));
 #else
-            _mm512_store_ps(at, _mm512_maskz_loadu_ps(mask, vectors[key] + first));
+            store_words(at, read_words(vectors[key] + first, dims));
 #endif
         }
     }
@@ -245,10 +196,10 @@ INLINE void write_bias(float *logits, const float *bias_h, const float *bias_w, 
         long done = 0, run;
         for (long r = row, c = column; done < keys; done += run, r++, c = 0) {
             run = at_most(columns - c, keys - done);
-            __m512 of_row = _mm512_set1_ps(bias_h[r]);
+            floats_t of_row = all(bias_h[r]);
             /* The last vector of a run sticks out of it: the next run, or the end of the tile, writes over that. */
             for (long j = 0; j < run; j += LANES)
-                _mm512_storeu_ps(logits + done + j, _mm512_add_ps(of_row, _mm512_loadu_ps(bias_w + c + j)));
+                store_anywhere(logits + done + j, add(of_row, load_anywhere(bias_w + c + j)));
         }
         for (long j = keys; j < round_up(keys, PANEL); j++) logits[j] = MASKED;
     }
@@ -259,45 +210,30 @@ INLINE void write_bias(float *logits, const float *bias_h, const float *bias_w, 
  * (LANES) is what earlier weights are to be multiplied by.
  */
 INLINE void softmax(uint32_t *weights, float *keep, float *maxima, float *sums, const float *logits, long keys) {
-    const __m512 log2_e = _mm512_set1_ps(LOG2_E);
-    float largest[LANES], shift[LANES];
+    const floats_t log2_e = all(LOG2_E);
+    float before[LANES] = {0}, largest[LANES] = {0}, shift[LANES];
     for (int i = 0; i < ROWS; i++) {
-        __m512 lanes = _mm512_load_ps(logits + i * TILE_STRIDE);
-        for (long j = LANES; j < keys; j += LANES)
-            lanes = _mm512_max_ps(lanes, _mm512_load_ps(logits + i * TILE_STRIDE + j));
-        largest[i] = _mm512_reduce_max_ps(lanes);
+        floats_t lanes = load(logits + i * TILE_STRIDE);
+        for (long j = LANES; j < keys; j += LANES) lanes = larger(lanes, load(logits + i * TILE_STRIDE + j));
+        largest[i] = largest_of(lanes);
     }
     /* All rows in one vector. */
-    const __mmask16 rows = (1 << ROWS) - 1;
-    __m512 before = _mm512_maskz_loadu_ps(rows, maxima);
-    __m512 now = _mm512_max_ps(before, _mm512_maskz_loadu_ps(rows, largest));
-    _mm512_mask_storeu_ps(maxima, rows, now);
-    _mm512_storeu_ps(keep, exp2_of(_mm512_mul_ps(_mm512_sub_ps(before, now), log2_e)));
-    _mm512_storeu_ps(shift, _mm512_mul_ps(now, log2_e));
+    memcpy(before, maxima, ROWS * sizeof(float));
+    floats_t now = larger(load_anywhere(before), load_anywhere(largest));
+    store_anywhere(largest, now);
+    memcpy(maxima, largest, ROWS * sizeof(float));
+    store_anywhere(keep, exp2_of(times(subtract(load_anywhere(before), now), log2_e)));
+    store_anywhere(shift, times(now, log2_e));
     for (int i = 0; i < ROWS; i++, logits += TILE_STRIDE, weights += TILE_STRIDE, sums += LANES) {
-        __m512 shifts = _mm512_set1_ps(shift[i]);
-        __m512 sum = _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(keep[i]));
+        floats_t down = all(-shift[i]), sum = times(load(sums), all(keep[i]));
         for (long j = 0; j < keys; j += PANEL) {
-            __m512 low = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(logits + j), log2_e, shifts));
-            __m512 high = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(logits + j + LANES), log2_e, shifts));
-            sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-#ifdef BFLOAT16
-            _mm512_store_si512(weights + j / VALUES_PER_WORD, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-#else
-            _mm512_store_ps(weights + j, low);
-            _mm512_store_ps(weights + j + LANES, high);
-#endif
+            floats_t first = exp2_of(times_plus(load(logits + j), log2_e, down));
+            floats_t second = exp2_of(times_plus(load(logits + j + LANES), log2_e, down));
+            sum = add(sum, add(first, second));
+            store_as_words(weights + j / VALUES_PER_WORD, first, second);
         }
-        _mm512_store_ps(sums, sum);
+        store(sums, sum);
     }
-}
-
-INLINE value_t rounded(float number) {
-#ifdef BFLOAT16
-    return (value_t)_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(number)));
-#else
-    return number;
-#endif
 }
 
 /* Attends from some queries of one head in one region to all keys of the region. */
@@ -373,8 +309,9 @@ static void run_task(const call_t *call, const scratch_t *scratch, long task) {
     for (long i = 0; i < queries; i++) {
         long row = top + (first_query + i) / real_columns, column = left + (first_query + i) % real_columns;
         value_t *to = call->attended + (((image * call->height + row) * call->width + column) * call->heads + head) * call->dim;
-        float share = 1 / _mm512_reduce_add_ps(_mm512_load_ps(scratch->sums + i * LANES));
-        for (long d = 0; d < call->dim; d++) to[d] = rounded(scratch->output[i * dims + d] * share);
+        floats_t share = all(1 / sum_of(load(scratch->sums + i * LANES)));
+        for (long d = 0; d < call->dim; d += LANES)
+            write_values(to + d, times(load(scratch->output + i * dims + d), share), at_most(LANES, call->dim - d));
     }
 }
 
@@ -409,9 +346,7 @@ static void run_tasks(void *argument) {
     for (long task; (task = atomic_fetch_add(&call->next_task, 1)) < call->tasks;) run_task(call, &scratch, task);
 }
 
-#ifndef BFLOAT16
-const int image_encoder_vit_interface = INTERFACE;
-#endif
+__attribute__((weak)) const int image_encoder_vit_interface = INTERFACE; /* of all that are linked together */
 
 /*
  * Computes `attended` from `qkv`; all arrays as in call_t, contiguous, the tables (2 * length - 1, dim) for the side of

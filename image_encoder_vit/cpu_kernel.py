@@ -1,5 +1,5 @@
 """
-Attention with relative positions by the package's own kernel, cpu_kernel.c: in inference, on CPUs with AVX-512.
+Attention with relative positions by the package's own kernel, cpu_kernel.c: in inference, on CPUs with AVX-512 or AVX2.
 
 Installing the package compiles the kernel where a C compiler is at hand. Where it is missing, as on other processors,
 the encoder computes the same through PyTorch, more slowly.
@@ -22,10 +22,11 @@ from .cpu_inference import INTERFACE, attention_flop, fake_attention, has_produc
 
 LIBRARY = "_cpu_kernel.so"
 PACKAGE = "image_encoder_vit"
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Kernel(NamedTuple):
-    """The kernel's functions by precision, and that of PyTorch's OpenMP library which runs them in threads."""
+    """The functions for this processor by precision, and that of PyTorch's OpenMP which runs them in threads."""
 
     functions: dict[torch.dtype, Any]
     parallel: Any
@@ -33,22 +34,20 @@ class Kernel(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def has_attention_kernel(dtype: torch.dtype) -> bool:
-    """Whether the kernel is installed, and this processor can run it in this precision."""
-    if attention_kernel() is None:
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_products(dtype))
+    """Whether the kernel is installed, and runs on this processor and in this precision."""
+    kernel = attention_kernel()
+    return kernel is not None and dtype in kernel.functions
 
 
 @cache
 def attention_kernel() -> Kernel | None:
     """The kernel, or None where it is not installed, cannot be loaded, or the processor is another."""
-    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return None
-    path = installed_library()
+    names = kernel_names(torch.backends.cpu.get_cpu_capability())
+    path = installed_library() if names else None
     if path is None:
         return None
     try:
-        return load_kernel(path)
+        return load_kernel(path, names)
     except (OSError, AttributeError, ValueError) as error:
         warnings.warn(
             f"{path} cannot be used, PyTorch computes the attention instead, more slowly: {error}. Installing the "
@@ -57,6 +56,22 @@ def attention_kernel() -> Kernel | None:
             stacklevel=2,
         )
         return None
+
+
+def kernel_names(capability: str) -> dict[torch.dtype, str]:
+    """
+    The kernel for each precision, as hatch_build.py names them, on a processor of PyTorch's `capability`.
+
+    Low precision is spread into float32 within the kernel, but for bfloat16 where the processor multiplies it. There is
+    none for processors without AVX2.
+    """
+    vectors = next((vectors for vectors in ("AVX512", "AVX2") if vectors in capability), None)
+    if vectors is None:
+        return {}
+    names = {dtype: f"{vectors.lower()}_{str(dtype).removeprefix('torch.')}" for dtype in PRECISIONS}
+    if vectors == "AVX512" and has_products(torch.bfloat16):
+        names[torch.bfloat16] = "avx512bf16_bfloat16"
+    return names
 
 
 def installed_library() -> Path | None:
@@ -80,9 +95,9 @@ def installed_library() -> Path | None:
     return next((path for folder in folders if (path := folder / LIBRARY).is_file()), None)
 
 
-def load_kernel(path: Path) -> Kernel:
+def load_kernel(path: Path, names: dict[torch.dtype, str]) -> Kernel:
     """
-    Loads the kernel's library.
+    Loads the kernels of these names from their library.
 
     Raises:
         OSError: If it is no library for this machine.
@@ -93,10 +108,7 @@ def load_kernel(path: Path) -> Kernel:
     interface = ctypes.c_int.in_dll(library, "image_encoder_vit_interface").value
     if interface != INTERFACE:
         raise ValueError(f"its interface is version {interface}, not {INTERFACE}")
-    functions = {
-        dtype: getattr(library, f"image_encoder_vit_attention_{str(dtype).removeprefix('torch.')}")
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    functions = {dtype: getattr(library, f"image_encoder_vit_attention_{name}") for dtype, name in names.items()}
     return Kernel(functions, ctypes.CDLL(torch._C.__file__).GOMP_parallel)
 
 
@@ -157,13 +169,13 @@ def check_operands(
         or [tuple(table_h.shape), tuple(table_w.shape)] != tables
         or (tuple(padding.shape) != (channels,) if padding is not None else sticks_out)
         or any(tensor.dtype != qkv.dtype or tensor.device.type != "cpu" for tensor in operands)
-        or qkv.dtype not in (torch.float32, torch.bfloat16)
+        or qkv.dtype not in PRECISIONS
     ):
         shapes = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in operands)
         raise ValueError(
             f"The attention kernel cannot take {shapes} with {num_heads} heads in windows of {window_size}: it needs "
             "(B, H, W, 3 * C), padding (3 * C,) where windows stick out, and tables (2 * length - 1, C / heads), all "
-            "float32 or all bfloat16, with an even C / heads."
+            "float32, all bfloat16 or all float16, with an even C / heads."
         )
 
 
