@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 
 LAYER_NORM_EPS = 1e-6  # In every norm, LayerNorm2d included.
 MAX_NAMES_IN_ERROR = 12
-HEAD_PREFIX = "classifier."
+HEAD_PREFIXES = ("layernorm.", "classifier.")
 TOKENS_PER_BAND = 1792  # At most, where a row of windows has fewer: two rows of windows of 14 at 1024 x 1024 px.
 
 
@@ -423,7 +423,7 @@ class StrictPreTrainedModel(PreTrainedModel):
             ignore_mismatched_sizes=True,  # All that does not fit is reported together below.
             **kwargs,
         )
-        head = {name for name in model.state_dict() if name.startswith(HEAD_PREFIX)}
+        head = {name for name in model.state_dict() if name.startswith(HEAD_PREFIXES)}
         new_head = head if head <= set(info["missing_keys"]) else set()
         misfit = Misfit(
             missing=sorted(set(info["missing_keys"]) - new_head) if strict else [],
@@ -502,7 +502,7 @@ class ImageEncoderViTPreTrainedModel(StrictPreTrainedModel):
     # The bias depends on the query, which no flash attention kernel takes.
     _supports_flash_attn = False
     _no_split_modules = ["ImageEncoderViTBlock"]
-    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(HEAD_PREFIX)}"]
+    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(prefix)}" for prefix in HEAD_PREFIXES]
     _can_record_outputs = {
         "hidden_states": OutputRecorder(ImageEncoderViTBlock, index=0),
         "attentions": OutputRecorder(ImageEncoderViTAttention, index=1),
@@ -626,7 +626,7 @@ class ImageEncoderViTModel(ImageEncoderViTPreTrainedModel):
 
 class ImageEncoderViTForImageClassification(ImageEncoderViTPreTrainedModel):
     """
-    The encoder with a linear head on its pooled features: one logit for each of `config.id2label`.
+    The encoder with a head on its pooled features, a norm and a linear layer: one logit for each of `config.id2label`.
 
     Example:
         >>> config = ImageEncoderViTConfig(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=[1], num_labels=3)
@@ -641,6 +641,8 @@ class ImageEncoderViTForImageClassification(ImageEncoderViTPreTrainedModel):
         self.num_labels = config.num_labels
         self.encoder = encoder_of(config)
         channels = [config.output_channels, *config.downsample_channels][-1]
+        # Features of an encoder are of any size, hundreds in some: without it a new head would start out saturated.
+        self.layernorm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.classifier = nn.Linear(channels, config.num_labels)
         self.post_init()
 
@@ -671,7 +673,7 @@ class ImageEncoderViTForImageClassification(ImageEncoderViTPreTrainedModel):
         """
         features = self.encoder(pixel_values, attn_implementation=self._attention_of_call(pixel_values, kwargs))
         pooled = mean_over_cells(features, pixel_values, pixel_mask, self.encoder.stride)  # (B, channels)
-        logits = self.classifier(pooled)
+        logits = self.classifier(self.layernorm(pooled))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits)
 

@@ -76,7 +76,9 @@ def test_logits_are_the_head_s_of_pooled_features(folder: Path) -> None:
             logits = model(pixels, **options).logits
             pooled = encoder(pixels, **options).pooler_output
         assert logits.shape == (2, 3)
-        assert relative_error(logits, pooled @ model.classifier.weight.T + model.classifier.bias) <= 1e-6
+        norm, head = model.layernorm, model.classifier
+        normed = F.layer_norm(pooled, pooled.shape[1:], norm.weight, norm.bias, eps=1e-6)
+        assert relative_error(logits, normed @ head.weight.T + head.bias) <= 1e-6
     with torch.no_grad():
         outputs = model(pixels, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == SMALL["num_hidden_layers"] + 1
@@ -129,11 +131,21 @@ def test_an_encoder_s_folder_gets_a_new_head(model_folder: str, caplog: pytest.L
             model_folder, num_labels=5, output_loading_info=True
         )
     assert "classifier.weight" in caplog.text
-    assert sorted(info["missing_keys"]) == ["classifier.bias", "classifier.weight"]
+    assert sorted(info["missing_keys"]) == [
+        f"{layer}.{kind}" for layer in ("classifier", "layernorm") for kind in ("bias", "weight")
+    ]
     assert model.classifier.out_features == 5
     assert model.classifier.weight.abs().sum() > 0
     for name, weight in AutoModel.from_pretrained(model_folder).state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_a_new_head_starts_undecided_whatever_the_size_of_the_features() -> None:
+    model = ImageEncoderViTForImageClassification(ImageEncoderViTConfig(**SMALL, num_labels=4)).eval()
+    with torch.no_grad():
+        model.encoder.net_3.weight.mul_(1e5)
+        probabilities = model(random_pixels(3, 3, 128, 128)).logits.softmax(dim=1)
+    assert (probabilities - 1 / 4).abs().max() < 0.1
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,8 @@ def test_the_script_learns_and_what_it_writes_loads(
     assert [path.name for path in output.parent.iterdir()] == ["tuned"]
     before = load_file(Path(model_folder) / "model.safetensors")
     after = load_file(output / "model.safetensors")
-    assert after.keys() - before.keys() == {"classifier.weight", "classifier.bias"}
+    head = {f"{layer}.{kind}" for layer in ("layernorm", "classifier") for kind in ("weight", "bias")}
+    assert after.keys() - before.keys() == head
     changed = {name for name in before if not torch.equal(after[name], before[name])}
     for part in ("patch_embed", "pos_embed", "blocks.0", "blocks.3", "neck", "net_"):
         assert any(f"encoder.{part}" in name for name in changed) == (part in changes), part
@@ -359,7 +360,7 @@ def test_an_adapter_is_kept_by_itself(images: Path, model_folder: str, tmp_path:
     assert run(images, model_folder, tmp_path / "merged", *options) == 0
     assert run(images, model_folder, tmp_path / "adapter", *options, "--keep-adapter") == 0
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
-    assert all("lora_" in name or "classifier" in name for name in names)
+    assert all("lora_" in name or "classifier" in name or ".layernorm." in name for name in names)
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     assert json.loads((tmp_path / "adapter" / "id2label.json").read_text()) == {"0": "blue", "1": "red"}
     pixels = random_pixels(2, 3, 128, 128)

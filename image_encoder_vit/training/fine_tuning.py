@@ -33,7 +33,7 @@ def with_lora(model: nn.Module, rank: int) -> Any:
         ImportError: If PEFT is not installed.
     """
     peft = import_extra("peft", "finetune")
-    head = ["classifier"] if isinstance(model, ImageEncoderViTForImageClassification) else None
+    head = ["layernorm", "classifier"] if isinstance(model, ImageEncoderViTForImageClassification) else None
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, modules_to_save=head)
     return peft.get_peft_model(model, config)
 
