@@ -1,5 +1,7 @@
 """Small random models, pixels and comparisons that many tests build on."""
 
+import platform
+
 import numpy as np
 import torch
 from PIL import Image
@@ -68,3 +70,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     actual, expected = actual.to(torch.float64), expected.to(torch.float64)
     assert actual.shape == expected.shape
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+def has_instructions(kernel: str) -> bool:
+    """Whether this processor has what a kernel of hatch_build.py is compiled for."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    supported = {
+        "avx2": torch.cpu._is_avx2_supported,
+        "avx512": torch.cpu._is_avx512_supported,
+        "avx512bf16": torch.cpu._is_avx512_bf16_supported,
+    }
+    return bool(supported[kernel.split("_")[0]]())

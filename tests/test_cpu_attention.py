@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import random_pixels, relative_error, small_model
+from builders import has_instructions, random_pixels, relative_error, small_model
 from torch import Tensor
 
 from image_encoder_vit import ImageEncoderViTModel, attention, cpu_inference, cpu_kernel
@@ -25,6 +25,7 @@ from image_encoder_vit.cpu_kernel import (
     has_attention_kernel,
     installed_library,
     kernel_attention,
+    kernel_names,
     load_kernel,
 )
 
@@ -77,15 +78,10 @@ def written_out(qkv: Tensor, padding: Tensor, table_h: Tensor, table_w: Tensor, 
 @pytest.fixture(params=hatch_build.FLAGS_OF_KERNEL)
 def kernel_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """The precision of one of the kernels that run on this processor, which `kernel_attention` is made to take."""
-    path, (vectors, precision) = installed_library(), request.param.split("_")
-    runs_here = {
-        "avx2": torch.cpu._is_avx2_supported,
-        "avx512": torch.cpu._is_avx512_supported,
-        "avx512bf16": torch.cpu._is_avx512_bf16_supported,
-    }
-    if path is None or not runs_here[vectors]():
-        pytest.skip(f"the kernel needs Linux, {vectors}, and a C compiler when installing")
-    dtype: torch.dtype = getattr(torch, precision)
+    path = installed_library()
+    if path is None or not has_instructions(request.param):
+        pytest.skip("the kernel needs Linux, its instructions, and a C compiler when installing")
+    dtype: torch.dtype = getattr(torch, request.param.split("_")[1])
     kernel = load_kernel(path, {dtype: request.param})
     monkeypatch.setattr(cpu_kernel, "attention_kernel", lambda: kernel)
     return dtype
@@ -198,7 +194,7 @@ def test_a_compiled_encoder_keeps_the_kernel_in_one_graph() -> None:
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("cc") or "AVX" not in torch.backends.cpu.get_cpu_capability(),
+    sys.platform != "linux" or not shutil.which("cc") or not kernel_names(torch.backends.cpu.get_cpu_capability()),
     reason="the kernel needs Linux, AVX2 and a C compiler",
 )
 def test_installing_compiled_the_kernel() -> None:

@@ -336,7 +336,9 @@ def library_of(source: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="the kernel needs AVX2")
+@pytest.mark.skipif(
+    not cpu_kernel.kernel_names(torch.backends.cpu.get_cpu_capability()), reason="the kernel needs AVX2"
+)
 @pytest.mark.parametrize(
     ("source", "reason"),
     [

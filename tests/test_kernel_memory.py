@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from builders import has_instructions
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,14 +26,8 @@ def compiled(sources: list[Path], target: Path, kernel: str) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel needs Linux")
 @pytest.mark.parametrize("kernel", hatch_build.FLAGS_OF_KERNEL)
 def test_any_shape_stays_within_its_memory_and_gives_the_exact_result(kernel: str, tmp_path: Path) -> None:
-    vectors, precision = kernel.split("_")
-    runs_here = {
-        "avx2": torch.cpu._is_avx2_supported,
-        "avx512": torch.cpu._is_avx512_supported,
-        "avx512bf16": torch.cpu._is_avx512_bf16_supported,
-    }
-    if not runs_here[vectors]():
-        pytest.skip(f"this processor has no {vectors}")
+    if not has_instructions(kernel):
+        pytest.skip("this processor lacks its instructions")
     trivial = tmp_path / "trivial.c"
     trivial.write_text("int main(void) { return 0; }\n")
     try:
@@ -45,7 +39,7 @@ def test_any_shape_stays_within_its_memory_and_gives_the_exact_result(kernel: st
     sources = [ROOT / "image_encoder_vit" / "cpu_kernel.c", ROOT / "tests" / "kernel_driver.c"]
     assert compiled(sources, tmp_path / "driver", kernel) == ""
     seed = 1 + [*hatch_build.FLAGS_OF_KERNEL].index(kernel)
-    command = [str(tmp_path / "driver"), str(seed), str(SHAPES), str(BOUNDS[precision])]
+    command = [str(tmp_path / "driver"), str(seed), str(SHAPES), str(BOUNDS[kernel.split("_")[1]])]
     result = subprocess.run(command, capture_output=True, text=True)
     # The last line names the shape at which it stopped.
     assert result.returncode == 0, f"{result.stdout.splitlines()[-1:]}\n{result.stderr}"
