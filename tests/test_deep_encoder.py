@@ -19,6 +19,7 @@ from image_encoder_vit import (
     ImageEncoderViTImageProcessorPil,
     ImageEncoderViTModel,
 )
+from image_encoder_vit.cpu_inference import INTERFACE
 
 SAMPLE_PAGE = Path(__file__).parent.parent / "samples" / "page.png"
 # Two images, the first with 3 x 2 tiles; a tile of 64 px has one cell.
@@ -225,7 +226,7 @@ def test_inference_on_the_cpu_takes_its_own_linear_layer_in_both_towers() -> Non
     calls = {event.key: event.count for event in profile.key_averages()}
     assert relative_error(actual, expected) <= 1e-6
     if torch.backends.mkldnn.is_available():
-        assert calls["image_encoder_vit::cpu_linear_v2"] >= 4 * SMALL_CLIP["clip_num_hidden_layers"] + 1
+        assert calls[f"image_encoder_vit::cpu_linear_v{INTERFACE}"] >= 4 * SMALL_CLIP["clip_num_hidden_layers"] + 1
 
 
 def test_compiled_without_a_break() -> None:
