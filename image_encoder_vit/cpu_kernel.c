@@ -1,11 +1,11 @@
 /*
  * Attention with decomposed relative positions for CPUs with AVX-512 or AVX2, in inference: the logits of a few queries
- * and keys at a time, so that they stay in the cache ("FlashAttention", arXiv 2205.14135), with the bias made beside them
- * and never whole. Windows are read where they lie in the page.
+ * and keys at a time, so that they stay in the cache ("FlashAttention", arXiv 2205.14135), with the bias made beside
+ * them and never whole. Windows are read where they lie in the page.
  *
  * hatch_build.py compiles this file for each kind of vectors and each precision, with ATTENTION as the name of what it
- * gives, and BFLOAT16 or FLOAT16 defined for those. Products are summed in float32 in all of them. cpu_kernel.py calls it;
- * attention.py has the same in plain PyTorch.
+ * gives, and BFLOAT16 or FLOAT16 defined for those. Products are summed in float32 in all of them. cpu_kernel.py calls
+ * it; attention.py has the same in plain PyTorch.
  *
  * Everything that enters a product is packed into words of 32 bits, one float32 or two neighbouring bfloat16, so that
  * one routine, `multiply`, serves every precision, the logits, the values and the relative positions.
@@ -71,7 +71,7 @@ INLINE void multiply(float *result, long stride, const float *keep, float factor
                      long row_stride, long step_stride, const uint32_t *panel, long steps) {
     floats_t low[ROWS], high[ROWS];
 #pragma GCC unroll 14
-    for (int row = 0; row < ROWS; row++) low[row] = high[row] = zeros();
+    for (int row = 0; row < ROWS; row++) low[row] = high[row] = all(0);
     for (long step = 0; step < steps; step++, left += step_stride, panel += PANEL) {
         words_t first = load_words(panel), second = load_words(panel + LANES);
 #pragma GCC unroll 14
@@ -85,8 +85,8 @@ INLINE void multiply(float *result, long stride, const float *keep, float factor
         float *to = result + row * stride;
         floats_t old_low = load(to), old_high = load(to + LANES);
         if (keep) {
-            old_low = times(old_low, all(keep[row]));
-            old_high = times(old_high, all(keep[row]));
+            old_low *= keep[row];
+            old_high *= keep[row];
         }
         store(to, times_plus(low[row], all(factor), old_low));
         store(to + LANES, times_plus(high[row], all(factor), old_high));
@@ -117,7 +117,7 @@ INLINE void pack_columns(uint32_t *to, long stride, const value_t *const *vector
         words_t square[LANES];
 #pragma GCC unroll 16
         for (int row = 0; row < LANES; row++)
-            square[row] = row < count ? read_words(vectors[row] + first * VALUES_PER_WORD, steps) : (words_t)zeros();
+            square[row] = row < count ? read_words(vectors[row] + first * VALUES_PER_WORD, steps) : (words_t)all(0);
         transpose(square);
 #pragma GCC unroll 16
         for (int step = 0; step < LANES; step++)
@@ -131,7 +131,7 @@ INLINE void pack_panel(uint32_t *to, const value_t *const *vectors, long count, 
     pack_columns(to + LANES, PANEL, vectors + LANES, count - LANES, words);
 }
 
-/* Packs a tile's values into panels of dims, (dims / PANEL, words of keys, PANEL); leaves columns beyond `dim` alone. */
+/* Packs a tile's values into panels of dims, (dims / PANEL, words of keys, PANEL); columns beyond `dim` stay. */
 INLINE void pack_values(uint32_t *to, const value_t *const *vectors, long count, long dim) {
     for (long first = 0; first < dim; first += LANES) {
         long dims = at_most(LANES, dim - first);
@@ -199,7 +199,7 @@ INLINE void write_bias(float *logits, const float *bias_h, const float *bias_w, 
             floats_t of_row = all(bias_h[r]);
             /* The last vector of a run sticks out of it: the next run, or the end of the tile, writes over that. */
             for (long j = 0; j < run; j += LANES)
-                store_anywhere(logits + done + j, add(of_row, load_anywhere(bias_w + c + j)));
+                store_anywhere(logits + done + j, of_row + load_anywhere(bias_w + c + j));
         }
         for (long j = keys; j < round_up(keys, PANEL); j++) logits[j] = MASKED;
     }
@@ -211,7 +211,7 @@ INLINE void write_bias(float *logits, const float *bias_h, const float *bias_w, 
  */
 INLINE void softmax(uint32_t *weights, float *keep, float *maxima, float *sums, const float *logits, long keys) {
     const floats_t log2_e = all(LOG2_E);
-    float before[LANES] = {0}, largest[LANES] = {0}, shift[LANES];
+    float before[LANES] = {0}, largest[LANES] = {0}, down[LANES];
     for (int i = 0; i < ROWS; i++) {
         floats_t lanes = load(logits + i * TILE_STRIDE);
         for (long j = LANES; j < keys; j += LANES) lanes = larger(lanes, load(logits + i * TILE_STRIDE + j));
@@ -222,14 +222,14 @@ INLINE void softmax(uint32_t *weights, float *keep, float *maxima, float *sums, 
     floats_t now = larger(load_anywhere(before), load_anywhere(largest));
     store_anywhere(largest, now);
     memcpy(maxima, largest, ROWS * sizeof(float));
-    store_anywhere(keep, exp2_of(times(subtract(load_anywhere(before), now), log2_e)));
-    store_anywhere(shift, times(now, log2_e));
+    store_anywhere(keep, exp2_of((load_anywhere(before) - now) * LOG2_E));
+    store_anywhere(down, now * -LOG2_E);
     for (int i = 0; i < ROWS; i++, logits += TILE_STRIDE, weights += TILE_STRIDE, sums += LANES) {
-        floats_t down = all(-shift[i]), sum = times(load(sums), all(keep[i]));
+        floats_t shift = all(down[i]), sum = load(sums) * keep[i];
         for (long j = 0; j < keys; j += PANEL) {
-            floats_t first = exp2_of(times_plus(load(logits + j), log2_e, down));
-            floats_t second = exp2_of(times_plus(load(logits + j + LANES), log2_e, down));
-            sum = add(sum, add(first, second));
+            floats_t first = exp2_of(times_plus(load(logits + j), log2_e, shift));
+            floats_t second = exp2_of(times_plus(load(logits + j + LANES), log2_e, shift));
+            sum += first + second;
             store_as_words(weights + j / VALUES_PER_WORD, first, second);
         }
         store(sums, sum);
@@ -308,10 +308,11 @@ static void run_task(const call_t *call, const scratch_t *scratch, long task) {
 
     for (long i = 0; i < queries; i++) {
         long row = top + (first_query + i) / real_columns, column = left + (first_query + i) % real_columns;
-        value_t *to = call->attended + (((image * call->height + row) * call->width + column) * call->heads + head) * call->dim;
-        floats_t share = all(1 / sum_of(load(scratch->sums + i * LANES)));
+        long at = (image * call->height + row) * call->width + column;
+        value_t *to = call->attended + (at * call->heads + head) * call->dim;
+        float share = 1 / sum_of(load(scratch->sums + i * LANES));
         for (long d = 0; d < call->dim; d += LANES)
-            write_values(to + d, times(load(scratch->output + i * dims + d), share), at_most(LANES, call->dim - d));
+            write_values(to + d, load(scratch->output + i * dims + d) * share, at_most(LANES, call->dim - d));
     }
 }
 

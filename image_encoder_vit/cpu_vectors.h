@@ -35,9 +35,12 @@ typedef uint16_t value_t;
 typedef float value_t;
 #endif
 
+typedef uint32_t bits_t __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t halves_t __attribute__((vector_size(LANES * sizeof(uint16_t))));
+
+/* Sums, differences and products of vectors are written with C's own operators. */
 #ifdef __AVX512F__
 
-INLINE floats_t zeros(void) { return _mm512_setzero_ps(); }
 INLINE floats_t all(float number) { return _mm512_set1_ps(number); }
 INLINE floats_t load(const float *from) { return _mm512_load_ps(from); }
 INLINE floats_t load_anywhere(const float *from) { return _mm512_loadu_ps(from); }
@@ -45,21 +48,20 @@ INLINE words_t load_words(const uint32_t *from) { return _mm512_load_si512(from)
 INLINE void store(float *to, floats_t numbers) { _mm512_store_ps(to, numbers); }
 INLINE void store_anywhere(float *to, floats_t numbers) { _mm512_storeu_ps(to, numbers); }
 INLINE void store_words(uint32_t *to, words_t words) { _mm512_storeu_si512(to, words); }
-INLINE floats_t add(floats_t left, floats_t right) { return _mm512_add_ps(left, right); }
-INLINE floats_t subtract(floats_t left, floats_t right) { return _mm512_sub_ps(left, right); }
-INLINE floats_t times(floats_t left, floats_t right) { return _mm512_mul_ps(left, right); }
-INLINE floats_t larger(floats_t left, floats_t right) { return _mm512_max_ps(left, right); }
 INLINE floats_t times_plus(floats_t left, floats_t right, floats_t sum) { return _mm512_fmadd_ps(left, right, sum); }
-INLINE float sum_of(floats_t numbers) { return _mm512_reduce_add_ps(numbers); }
+INLINE floats_t larger(floats_t left, floats_t right) { return _mm512_max_ps(left, right); }
 INLINE float largest_of(floats_t numbers) { return _mm512_reduce_max_ps(numbers); }
+INLINE float sum_of(floats_t numbers) { return _mm512_reduce_add_ps(numbers); }
 
 /* What x is above the whole number below it, and `numbers` times 2 to that whole number. */
 INLINE floats_t fraction_of(floats_t x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF); }
 INLINE floats_t times_power_of_2(floats_t numbers, floats_t x) { return _mm512_scalef_ps(numbers, x); }
 
+INLINE floats_t of_float16(halves_t values) { return _mm512_cvtph_ps((__m256i)values); }
+INLINE halves_t to_float16(floats_t numbers) { return (halves_t)_mm512_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT); }
+
 #else
 
-INLINE floats_t zeros(void) { return _mm256_setzero_ps(); }
 INLINE floats_t all(float number) { return _mm256_set1_ps(number); }
 INLINE floats_t load(const float *from) { return _mm256_load_ps(from); }
 INLINE floats_t load_anywhere(const float *from) { return _mm256_loadu_ps(from); }
@@ -67,17 +69,8 @@ INLINE words_t load_words(const uint32_t *from) { return _mm256_load_si256((cons
 INLINE void store(float *to, floats_t numbers) { _mm256_store_ps(to, numbers); }
 INLINE void store_anywhere(float *to, floats_t numbers) { _mm256_storeu_ps(to, numbers); }
 INLINE void store_words(uint32_t *to, words_t words) { _mm256_storeu_si256((words_t *)to, words); }
-INLINE floats_t add(floats_t left, floats_t right) { return _mm256_add_ps(left, right); }
-INLINE floats_t subtract(floats_t left, floats_t right) { return _mm256_sub_ps(left, right); }
-INLINE floats_t times(floats_t left, floats_t right) { return _mm256_mul_ps(left, right); }
-INLINE floats_t larger(floats_t left, floats_t right) { return _mm256_max_ps(left, right); }
 INLINE floats_t times_plus(floats_t left, floats_t right, floats_t sum) { return _mm256_fmadd_ps(left, right, sum); }
-
-INLINE float sum_of(floats_t numbers) {
-    __m128 sums = _mm_add_ps(_mm256_castps256_ps128(numbers), _mm256_extractf128_ps(numbers, 1));
-    sums = _mm_add_ps(sums, _mm_movehl_ps(sums, sums));
-    return _mm_cvtss_f32(_mm_add_ss(sums, _mm_movehdup_ps(sums)));
-}
+INLINE floats_t larger(floats_t left, floats_t right) { return _mm256_max_ps(left, right); }
 
 INLINE float largest_of(floats_t numbers) {
     __m128 most = _mm_max_ps(_mm256_castps256_ps128(numbers), _mm256_extractf128_ps(numbers, 1));
@@ -85,26 +78,40 @@ INLINE float largest_of(floats_t numbers) {
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 }
 
-INLINE floats_t fraction_of(floats_t x) { return subtract(x, _mm256_floor_ps(x)); }
+INLINE float sum_of(floats_t numbers) {
+    __m128 sums = _mm256_castps256_ps128(numbers) + _mm256_extractf128_ps(numbers, 1);
+    sums += _mm_movehl_ps(sums, sums);
+    return sums[0] + sums[1];
+}
+
+INLINE floats_t fraction_of(floats_t x) { return x - _mm256_floor_ps(x); }
 
 /* For x below 128; zero where x is below -126. */
 INLINE floats_t times_power_of_2(floats_t numbers, floats_t x) {
-    words_t exponents = _mm256_cvtps_epi32(larger(_mm256_floor_ps(x), all(-127)));
-    return times(numbers, (floats_t)_mm256_slli_epi32(_mm256_add_epi32(exponents, _mm256_set1_epi32(127)), 23));
+    bits_t exponents = (bits_t)_mm256_cvtps_epi32(larger(_mm256_floor_ps(x), all(-127)));
+    return numbers * (floats_t)((exponents + 127) << 23);
 }
+
+INLINE floats_t of_float16(halves_t values) { return _mm256_cvtph_ps((__m128i)values); }
+INLINE halves_t to_float16(floats_t numbers) { return (halves_t)_mm256_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT); }
 
 #endif
 
+/* Halves of 16 bits as the lower halves of words. */
+INLINE bits_t widened(const uint16_t *from) {
+    halves_t halves;
+    memcpy(&halves, from, sizeof halves);
+    return __builtin_convertvector(halves, bits_t);
+}
+
 /* LANES values as float32. */
 INLINE floats_t spread(const value_t *from) {
-#if defined __AVX512F__ && defined BFLOAT16
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
-#elif defined __AVX512F__ && defined FLOAT16
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
-#elif defined BFLOAT16
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)from)), 16));
+#if defined BFLOAT16
+    return (floats_t)(widened(from) << 16);
 #elif defined FLOAT16
-    return _mm256_cvtph_ps(_mm_loadu_si128((const void *)from));
+    halves_t values;
+    memcpy(&values, from, sizeof values);
+    return of_float16(values);
 #else
     return load_anywhere(from);
 #endif
@@ -112,32 +119,21 @@ INLINE floats_t spread(const value_t *from) {
 
 /* Writes `count` numbers, at most LANES, each rounded to the nearest value, ties to even. */
 INLINE void write_values(value_t *to, floats_t numbers, long count) {
-    value_t some[LANES], *whole = count < LANES ? some : to;
-#if !defined BFLOAT16 && !defined FLOAT16
-    store_anywhere(whole, numbers);
-#elif defined __AVX512F__
-#if defined FLOAT16
-    __m256i values = _mm512_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined __AVX512BF16__
-    __m256i values = (__m256i)_mm512_cvtneps_pbh(numbers);
+#if VALUES_PER_WORD == 2
+    halves_t values = (halves_t)_mm512_cvtneps_pbh(numbers);
+#elif defined BFLOAT16
+    /* What is no number stays so: its lower half is zero, as in the values that it came from. */
+    bits_t bits = (bits_t)numbers;
+    halves_t values = __builtin_convertvector((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, halves_t);
+#elif defined FLOAT16
+    halves_t values = to_float16(numbers);
 #else
-    /* What is no number stays so: its lower half is zero, as are those of the values that it came from. */
-    words_t bits = _mm512_castps_si512(numbers), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7FFF)));
-    __m256i values = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+    floats_t values = numbers;
 #endif
-    _mm256_storeu_si256((void *)whole, values);
-#else
-#if defined FLOAT16
-    __m128i values = _mm256_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-    words_t bits = _mm256_castps_si256(numbers), even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF))), 16);
-    __m128i values = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-#endif
-    _mm_storeu_si128((void *)whole, values);
-#endif
-    if (count < LANES) memcpy(to, some, (size_t)count * sizeof(value_t));
+    if (count < LANES)
+        memcpy(to, &values, (size_t)count * sizeof(value_t));
+    else
+        memcpy(to, &values, sizeof values);
 }
 
 /* The words of up to LANES * VALUES_PER_WORD values that lie together; zero beyond `count` words. */
@@ -152,14 +148,12 @@ INLINE words_t read_words(const value_t *from, long count) {
 }
 
 #if VALUES_PER_WORD == 2
-/* Words of up to LANES values of one array and as many of another, NULL for zeros, beside each other. */
+/* The words of up to LANES values of one array beside as many of another; NULL is an array of zeros. */
 INLINE words_t read_pairs(const value_t *lower, const value_t *upper, long count) {
     value_t some[LANES] = {0}, others[LANES] = {0};
     if (count < LANES) lower = memcpy(some, lower, (size_t)count * sizeof(value_t));
-    if (upper && count < LANES) upper = memcpy(others, upper, (size_t)count * sizeof(value_t));
-    words_t low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)lower));
-    words_t high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(upper ? upper : others)));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    if (count < LANES && upper) upper = memcpy(others, upper, (size_t)count * sizeof(value_t));
+    return (words_t)(widened(lower) | widened(upper ? upper : others) << 16);
 }
 #endif
 
