@@ -18,10 +18,11 @@
 
 #define PANEL (2 * LANES)      /* columns of a packed matrix that lie together */
 #define KEYS_PER_TILE 256      /* their keys and values stay in the second-level cache */
-#define QUERIES_PER_TASK 504   /* at most; 36 blocks, over which packing a tile of keys is spread */
+#define QUERIES_PER_TASK 504   /* at most; 36 or 84 blocks, over which packing a tile of keys is spread */
 #define TILE_STRIDE (KEYS_PER_TILE + LANES) /* rows of a power of two would compete for the same lines of the cache */
 #define INTERFACE 3            /* of ATTENTION below: cpu_kernel.py calls no other */
-#define MASKED (-1e30f)        /* the logit of no key; finite, since infinities subtracted give no number */
+#define NO_KEY (-__builtin_inff()) /* the logit beyond the last key, whose weight is zero */
+#define LOWEST (-__FLT_MAX__)  /* the maximum before any key; finite, since infinities subtracted give no number */
 #define LOG2_E 1.44269504f
 #define VECTOR_BYTES 64        /* at most */
 
@@ -201,7 +202,7 @@ INLINE void write_bias(float *logits, const float *bias_h, const float *bias_w, 
             for (long j = 0; j < run; j += LANES)
                 store_anywhere(logits + done + j, of_row + load_anywhere(bias_w + c + j));
         }
-        for (long j = keys; j < round_up(keys, PANEL); j++) logits[j] = MASKED;
+        for (long j = keys; j < round_up(keys, PANEL); j++) logits[j] = NO_KEY;
     }
 }
 
@@ -210,8 +211,7 @@ INLINE void write_bias(float *logits, const float *bias_h, const float *bias_w, 
  * (LANES) is what earlier weights are to be multiplied by.
  */
 INLINE void softmax(uint32_t *weights, float *keep, float *maxima, float *sums, const float *logits, long keys) {
-    const floats_t log2_e = all(LOG2_E);
-    float before[LANES] = {0}, largest[LANES] = {0}, down[LANES];
+    float before[LANES] = {0}, largest[LANES] = {0};
     for (int i = 0; i < ROWS; i++) {
         floats_t lanes = load(logits + i * TILE_STRIDE);
         for (long j = LANES; j < keys; j += LANES) lanes = larger(lanes, load(logits + i * TILE_STRIDE + j));
@@ -223,12 +223,12 @@ INLINE void softmax(uint32_t *weights, float *keep, float *maxima, float *sums, 
     store_anywhere(largest, now);
     memcpy(maxima, largest, ROWS * sizeof(float));
     store_anywhere(keep, exp2_of((load_anywhere(before) - now) * LOG2_E));
-    store_anywhere(down, now * -LOG2_E);
     for (int i = 0; i < ROWS; i++, logits += TILE_STRIDE, weights += TILE_STRIDE, sums += LANES) {
-        floats_t shift = all(down[i]), sum = load(sums) * keep[i];
+        floats_t top = all(largest[i]), sum = load(sums) * keep[i];
         for (long j = 0; j < keys; j += PANEL) {
-            floats_t first = exp2_of(times_plus(load(logits + j), log2_e, shift));
-            floats_t second = exp2_of(times_plus(load(logits + j + LANES), log2_e, shift));
+            /* The difference first: it is exact where it matters, however large the logits are. */
+            floats_t first = exp2_of((load(logits + j) - top) * LOG2_E);
+            floats_t second = exp2_of((load(logits + j + LANES) - top) * LOG2_E);
             sum += first + second;
             store_as_words(weights + j / VALUES_PER_WORD, first, second);
         }
@@ -270,7 +270,7 @@ static void run_task(const call_t *call, const scratch_t *scratch, long task) {
                       scratch->products, words);
         relative_bias(scratch->bias_w + block * ROWS * stride_w, columns, call->columns, packed, call->table_w,
                       scratch->products, words);
-        for (int i = 0; i < ROWS; i++) scratch->maxima[block * ROWS + i] = MASKED;
+        for (int i = 0; i < ROWS; i++) scratch->maxima[block * ROWS + i] = LOWEST;
     }
     memset(scratch->output, 0, (size_t)(blocks * ROWS * dims) * sizeof(float));
     memset(scratch->sums, 0, (size_t)(blocks * ROWS * LANES) * sizeof(float));

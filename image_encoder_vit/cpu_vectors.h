@@ -84,11 +84,13 @@ INLINE float sum_of(floats_t numbers) {
     return sums[0] + sums[1];
 }
 
-INLINE floats_t fraction_of(floats_t x) { return x - _mm256_floor_ps(x); }
-
-/* For x below 128; zero where x is below -126. */
+/* For x below 128; zero where x is below -126. The larger of two is the second where one is no number. */
+INLINE floats_t fraction_of(floats_t x) {
+    x = larger(all(-127), x);
+    return x - _mm256_floor_ps(x);
+}
 INLINE floats_t times_power_of_2(floats_t numbers, floats_t x) {
-    bits_t exponents = (bits_t)_mm256_cvtps_epi32(larger(_mm256_floor_ps(x), all(-127)));
+    bits_t exponents = (bits_t)_mm256_cvtps_epi32(_mm256_floor_ps(larger(all(-127), x)));
     return numbers * (floats_t)((exponents + 127) << 23);
 }
 

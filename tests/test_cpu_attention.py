@@ -122,10 +122,37 @@ def test_each_kernel_passes_on_what_is_no_number(kernel_dtype: torch.dtype) -> N
     assert not attended[..., :16].isnan().any()
 
 
-def test_large_logits_neither_overflow_nor_vanish(kernel_dtype: torch.dtype) -> None:
-    inputs = [tensor * 30 for tensor in random_inputs((1, 20, 20, 2, 16, 0), kernel_dtype)]
+@pytest.mark.parametrize("factor", [30, 1e4, 1e15])
+def test_large_logits_neither_overflow_nor_vanish(factor: float, kernel_dtype: torch.dtype) -> None:
+    if kernel_dtype == torch.float16 and factor > 1e4:
+        pytest.skip("float16 ends at 65504")
+    inputs = [tensor * factor for tensor in random_inputs((1, 20, 20, 2, 16, 0), kernel_dtype)]
     exact = written_out(*(tensor.to(torch.float64) for tensor in inputs), 2, 0)
     assert relative_error(kernel_attention(*inputs, 2, 0), exact) <= {torch.bfloat16: 2e-2}.get(kernel_dtype, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "expected"),
+    [
+        (1e16, [-1e16, -1e16], 5.0),
+        (1e16, [-1e16, -3e16], 1.0),
+        (1e16, [0.0, -torch.inf], 1.0),
+        (1e16, [-torch.inf, -torch.inf], torch.nan),
+        (1e16, [0.0, torch.inf], torch.nan),
+    ],
+)
+def test_logits_at_the_ends_weigh_as_softmax_says(
+    queries: float, keys: list[float], expected: float, kernel_dtype: torch.dtype
+) -> None:
+    if kernel_dtype == torch.float16:
+        queries, keys = 1e4, [key if abs(key) == torch.inf else key / 1e12 for key in keys]
+    qkv = torch.tensor([[queries, 0, key, 0, value, value] for key, value in zip(keys, (1, 9), strict=True)])
+    tables = torch.zeros(1, 2), torch.zeros(3, 2)
+    attended = kernel_attention(
+        qkv.view(1, 1, 2, 6).to(kernel_dtype), None, *(table.to(kernel_dtype) for table in tables), 1, 0
+    )
+    assert torch.equal(attended.isnan(), torch.full_like(attended, expected).isnan())
+    assert expected != expected or (attended == expected).all()
 
 
 @needs_kernel
