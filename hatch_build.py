@@ -50,18 +50,25 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 
 def compile_kernel(source: Path, library: Path) -> None:
     """
-    Compiles `source` for each processor and precision into one `library`, which appears whole or not at all.
+    Compiles `source` for each processor and precision into one `library`, which appears whole or not at all. Those that
+    an old compiler does not know are left out.
 
     Raises:
         OSError: If there is no compiler: `CC`, or else `cc`.
-        subprocess.CalledProcessError: If the compiler fails, as one does that does not know these processors.
+        subprocess.CalledProcessError: If the compiler fails for all of them.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        objects = []
+        objects, failures = [], []
         for kernel in FLAGS_OF_KERNEL:
-            objects.append(f"{scratch}/{kernel}.o")
-            run([*compiler, *flags_of(kernel), "-c", str(source), "-o", objects[-1]])
+            target = f"{scratch}/{kernel}.o"
+            try:
+                run([*compiler, *flags_of(kernel), "-c", str(source), "-o", target])
+                objects.append(target)
+            except subprocess.CalledProcessError as error:
+                failures.append(error)
+        if not objects:
+            raise failures[0]
         run([*compiler, "-shared", *objects, "-o", f"{scratch}/library.so"])
         os.replace(f"{scratch}/library.so", library)
 

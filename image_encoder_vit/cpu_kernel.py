@@ -58,9 +58,9 @@ def attention_kernel() -> Kernel | None:
         return None
 
 
-def kernel_names(capability: str) -> dict[torch.dtype, str]:
+def kernel_names(capability: str) -> dict[torch.dtype, list[str]]:
     """
-    The kernel for each precision, as hatch_build.py names them, on a processor of PyTorch's `capability`.
+    The kernels for each precision, the best first, as hatch_build.py names them, for a processor of this `capability`.
 
     Low precision is spread into float32 within the kernel, but for bfloat16 where the processor multiplies it. There is
     none for processors without AVX2.
@@ -68,9 +68,9 @@ def kernel_names(capability: str) -> dict[torch.dtype, str]:
     vectors = next((vectors for vectors in ("AVX512", "AVX2") if vectors in capability), None)
     if vectors is None:
         return {}
-    names = {dtype: f"{vectors.lower()}_{str(dtype).removeprefix('torch.')}" for dtype in PRECISIONS}
+    names = {dtype: [f"{vectors.lower()}_{str(dtype).removeprefix('torch.')}"] for dtype in PRECISIONS}
     if vectors == "AVX512" and has_products(torch.bfloat16):
-        names[torch.bfloat16] = "avx512bf16_bfloat16"
+        names[torch.bfloat16].insert(0, "avx512bf16_bfloat16")
     return names
 
 
@@ -95,20 +95,27 @@ def installed_library() -> Path | None:
     return next((path for folder in folders if (path := folder / LIBRARY).is_file()), None)
 
 
-def load_kernel(path: Path, names: dict[torch.dtype, str]) -> Kernel:
+def load_kernel(path: Path, names: dict[torch.dtype, list[str]]) -> Kernel:
     """
-    Loads the kernels of these names from their library.
+    Loads the first kernel of each list that the library has; an old compiler may have left some out.
 
     Raises:
         OSError: If it is no library for this machine.
-        AttributeError: If it, or PyTorch, lacks a function.
-        ValueError: If it was compiled for another version of this module.
+        AttributeError: If it, or PyTorch, lacks what it is called with.
+        ValueError: If it was compiled for another version of this module, or has none of these kernels.
     """
     library = ctypes.CDLL(str(path))
     interface = ctypes.c_int.in_dll(library, "image_encoder_vit_interface").value
     if interface != INTERFACE:
         raise ValueError(f"its interface is version {interface}, not {INTERFACE}")
-    functions = {dtype: getattr(library, f"image_encoder_vit_attention_{name}") for dtype, name in names.items()}
+    functions = {
+        dtype: function
+        for dtype, candidates in names.items()
+        for name in reversed(candidates)  # The best one comes last, and stays.
+        if (function := getattr(library, f"image_encoder_vit_attention_{name}", None)) is not None
+    }
+    if not functions:
+        raise ValueError(f"it has none of the kernels for this processor: {list(names.values())}")
     return Kernel(functions, ctypes.CDLL(torch._C.__file__).GOMP_parallel)
 
 

@@ -533,10 +533,12 @@ class ImageEncoderViTPreTrainedModel(StrictPreTrainedModel):
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state dict with or without the `encoder.` prefix; otherwise as `nn.Module.load_state_dict`."""
+        """Loads a state dict, the encoder's with or without its prefix; otherwise as `nn.Module.load_state_dict`."""
         prefix = f"{self.base_model_prefix}."
         if not any(name.startswith(prefix) for name in state_dict):
-            state_dict = {prefix + name: value for name, value in state_dict.items()}
+            state_dict = {
+                name if name.startswith(HEAD_PREFIXES) else prefix + name: value for name, value in state_dict.items()
+            }
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 

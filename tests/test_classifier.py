@@ -140,6 +140,16 @@ def test_an_encoder_s_folder_gets_a_new_head(model_folder: str, caplog: pytest.L
         assert torch.equal(model.state_dict()[name], weight), name
 
 
+def test_state_dicts_load_with_a_head_and_of_a_head_alone() -> None:
+    model = classifier()
+    heads = {name: weight for name, weight in model.state_dict().items() if not name.startswith("encoder.")}
+    for bare in ({}, model.encoder.state_dict()):
+        loaded = ImageEncoderViTForImageClassification(model.config)
+        missing, unexpected = loaded.load_state_dict({**bare, **heads}, strict=bool(bare))
+        assert (bool(missing), unexpected) == (not bare, [])
+        assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+
+
 def test_a_new_head_starts_undecided_whatever_the_size_of_the_features() -> None:
     model = ImageEncoderViTForImageClassification(ImageEncoderViTConfig(**SMALL, num_labels=4)).eval()
     with torch.no_grad():

@@ -82,7 +82,7 @@ def kernel_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if path is None or not has_instructions(request.param):
         pytest.skip("the kernel needs Linux, its instructions, and a C compiler when installing")
     dtype: torch.dtype = getattr(torch, request.param.split("_")[1])
-    kernel = load_kernel(path, {dtype: request.param})
+    kernel = load_kernel(path, {dtype: [request.param]})
     monkeypatch.setattr(cpu_kernel, "attention_kernel", lambda: kernel)
     return dtype
 
@@ -236,3 +236,21 @@ def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyP
         with pytest.raises(expected):
             hatch_build.compile_kernel(source, tmp_path / "kernel.so")
         assert list(tmp_path.iterdir()) == [source]
+
+
+def test_an_old_compiler_leaves_out_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if sys.platform != "linux" or not shutil.which("cc"):
+        pytest.skip("the kernel needs Linux and a C compiler")
+    old, source, library = tmp_path / "old-cc", tmp_path / "kernel.c", tmp_path / "kernel.so"
+    old.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1 ;; esac\nexec cc "$@"\n')
+    old.chmod(0o755)
+    version = f"__attribute__((weak)) const int image_encoder_vit_interface = {cpu_inference.INTERFACE};"
+    source.write_text(f"{version}\nint ATTENTION(void) {{ return 0; }}\n")
+    monkeypatch.setenv("CC", str(old))
+    hatch_build.compile_kernel(source, library)
+    names = {torch.bfloat16: ["avx512bf16_bfloat16", "avx512_bfloat16"], torch.float16: ["avx512bf16_bfloat16"]}
+    loaded = load_kernel(library, names)
+    assert [*loaded.functions] == [torch.bfloat16]
+    assert loaded.functions[torch.bfloat16].__name__.endswith("avx512_bfloat16")
+    monkeypatch.setenv("CC", "")  # as if it were not set
+    hatch_build.compile_kernel(source, library)

@@ -490,6 +490,7 @@ def broken(kind: str, images: Path, folder: Path) -> Path:
         ("truncated", [], r"Cannot read '.*0.png' as an image"),
         ("truncated", ["--workers", 1], r"Cannot read '.*0.png' as an image"),
         ("good", ["--checkpoint", "nowhere"], r"nowhere"),
+        ("good", ["--dtype", "float16", "--device", "cpu"], r"float16 trains on an accelerator only"),
         ("good", ["--image-size", 100], r"multiple of patch_size=16 px on each side, got 100 x 100"),
         ("good", ["--learning-rate", 1e30, "--save-every-steps", 9], r"The loss is nan at step"),
     ],

@@ -53,7 +53,9 @@ class Options:
     """What is trained, how, and where it goes."""
 
     output: str = field(metadata={"help": "folder of the tuned model"})
-    checkpoint: str | None = option(None, "model folder or Hub id; without it, random weights are trained")
+    checkpoint: str | None = option(
+        None, "model folder, Hub id, or 'sample' for the small encoder of the package; without it, random weights"
+    )
     train_split: str = option("train", "split to train on")
     eval_split: str | None = option(
         None,
@@ -192,8 +194,12 @@ def training_arguments(options: Options, states: Path) -> TrainingArguments:
     `Trainer`'s arguments: what the options say, and those given by --trainer before all.
 
     Raises:
-        ValueError: If --trainer has anything but NAME=VALUE of known names.
+        ValueError: If --trainer has anything but NAME=VALUE of known names, or the CPU is to train in float16.
     """
+    # Said to transformers in any case: otherwise it refuses bfloat16.
+    use_cpu = options.device == "cpu" or (options.device == "auto" and not torch.accelerator.is_available())
+    if use_cpu and options.dtype == "float16":
+        raise ValueError("--dtype float16 trains on an accelerator only: take bfloat16 or float32 on the CPU.")
     ours: dict[str, Any] = {
         "num_train_epochs": options.epochs,
         "per_device_train_batch_size": options.images_at_once,
@@ -205,8 +211,7 @@ def training_arguments(options: Options, states: Path) -> TrainingArguments:
         "warmup_steps": 0.05,
         "bf16": options.dtype == "bfloat16",
         "fp16": options.dtype == "float16",
-        # Said where there is nothing else too: otherwise transformers refuses bfloat16.
-        "use_cpu": options.device == "cpu" or (options.device == "auto" and not torch.accelerator.is_available()),
+        "use_cpu": use_cpu,
         "seed": options.seed,
         "dataloader_num_workers": options.workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
