@@ -99,21 +99,21 @@ INLINE halves_t to_float16(floats_t numbers) { return (halves_t)_mm256_cvtps_ph(
 
 #endif
 
-/* Halves of 16 bits as the lower halves of words. */
-INLINE bits_t widened(const uint16_t *from) {
+INLINE halves_t load_halves(const uint16_t *from) {
     halves_t halves;
     memcpy(&halves, from, sizeof halves);
-    return __builtin_convertvector(halves, bits_t);
+    return halves;
 }
+
+/* Halves of 16 bits as the lower halves of words. */
+INLINE bits_t widened(const uint16_t *from) { return __builtin_convertvector(load_halves(from), bits_t); }
 
 /* LANES values as float32. */
 INLINE floats_t spread(const value_t *from) {
 #if defined BFLOAT16
     return (floats_t)(widened(from) << 16);
 #elif defined FLOAT16
-    halves_t values;
-    memcpy(&values, from, sizeof values);
-    return of_float16(values);
+    return of_float16(load_halves(from));
 #else
     return load_anywhere(from);
 #endif

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 import hatch_build  # noqa: E402
 
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-SHAPES = 40
+SHAPES = 120
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}
 
 
